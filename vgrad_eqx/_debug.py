@@ -1,0 +1,39 @@
+"""Errors about the values of gradients."""
+
+import functools as ft
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def raise_if_not_finite(
+    grads: Sequence[Array], names: Sequence[str], caller: str
+) -> None:
+    """Raises if a gradient holds a NaN or an infinity, also from compiled code."""
+    faults = jnp.stack([_faults(grad) for grad in grads])
+    report = ft.partial(_report, names=tuple(names), caller=caller)
+    if isinstance(faults, jax.core.Tracer):
+        # `eqx.error_if` would do, but for its message, which cannot depend on values.
+        jax.debug.callback(report, faults)
+    else:
+        report(faults)
+
+
+def _faults(grad: Array) -> Array:
+    return jnp.stack([jnp.isnan(grad).any(), jnp.isinf(grad).any()])
+
+
+def _report(faults: Array, *, names: Sequence[str], caller: str) -> None:
+    found = [
+        f"{' and '.join(np.array(['NaN', 'infinity'])[np.asarray(fault)])} in `{name}`"
+        for name, fault in zip(names, faults, strict=True)
+        if fault.any()
+    ]
+    if found:
+        raise FloatingPointError(
+            f"`{caller}` must give finite gradients. Got {', '.join(found)}. To find the "
+            "operation that makes the first NaN, run under `jax.debug_nans(True)`."
+        )

@@ -1,0 +1,96 @@
+"""From a selector and a pytree to the leaves that are meant."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from ._flat import FlatTree, names_without_leaves
+from ._selectors import Selector, as_selector
+
+
+class Selection(NamedTuple):
+    """The chosen leaves of a flat pytree, in leaf order."""
+
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+# What was chosen in pytrees of one kind. Names and globs cost far more than a look here,
+# and a model keeps its structure from step to step.
+_remembered: dict[Any, Selection] = {}
+_MOST_REMEMBERED = 256
+
+
+def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
+    """Chooses among the differentiable leaves of `flat`."""
+    if not selector.structural:
+        return _choose(flat, selector, caller)
+    key = (selector, flat.treedef, flat.kinds)
+    try:
+        remembered = _remembered.get(key)
+    except TypeError:  # a static field that cannot be hashed
+        return _choose(flat, selector, caller)
+    if remembered is None:
+        remembered = _choose(flat, selector, caller)
+        if len(_remembered) >= _MOST_REMEMBERED:
+            _remembered.clear()
+        _remembered[key] = remembered
+    return remembered
+
+
+def _choose(flat: FlatTree, selector: Selector, caller: str) -> Selection:
+    flat.check_names()
+    mask = selector.mask(flat)
+    indices = tuple([i for i in flat.differentiable if mask[i]])
+    if not indices:
+        raise ValueError(
+            f"`{caller}` must select inexact arrays. Got {selector!r}, which selects "
+            f"{_describe_chosen(flat, mask)} of the `{type(flat.tree).__name__}`. "
+            f"{_describe_choice(flat)}"
+        )
+    return Selection(indices, tuple([flat.names[i] for i in indices]))
+
+
+def _describe_chosen(flat: FlatTree, mask: Any) -> str:
+    chosen = [
+        f"`{name}` ({eqx.tree_pformat(leaf)})"
+        for name, leaf, is_chosen in zip(flat.names, flat.leaves, mask, strict=True)
+        if is_chosen
+    ]
+    return _shorten(chosen) or "nothing"
+
+
+def _describe_choice(flat: FlatTree) -> str:
+    names = [f"`{flat.names[i]}`" for i in flat.differentiable]
+    empty = [f"`{name}`" for name in names_without_leaves(flat.tree)]
+    choice = f"Its inexact arrays are {_shorten(names)}." if names else "It has none."
+    return f"{choice} There is nothing at {_shorten(empty)}." if empty else choice
+
+
+def _shorten(texts: list[str], most: int = 5) -> str:
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return ", ".join(texts[:most] + more)
+
+
+def parse_grad_states(grad_states: Any, caller: str) -> Any:
+    """A selector, or the container of selectors that the user gave."""
+    if isinstance(grad_states, list | tuple | dict) and not jtu.tree_leaves(grad_states):
+        raise ValueError(
+            f"`{caller}` must name at least one selector. Got {grad_states!r}. "
+            "To differentiate arguments alone, leave `grad_states` out."
+        )
+    if _is_group(grad_states):
+        return jtu.tree_map(
+            lambda each: parse_grad_states(each, caller),
+            grad_states,
+            is_leaf=lambda node: node is not grad_states,
+        )
+    return as_selector(grad_states)
+
+
+def _is_group(grad_states: Any) -> bool:
+    """Whether this is a container of selectors, and not itself a filter spec."""
+    return isinstance(grad_states, list | tuple | dict) and any(
+        isinstance(each, str | Selector) for each in jtu.tree_leaves(grad_states)
+    )

@@ -1,0 +1,240 @@
+"""The chosen leaves of a pytree as a flat dict, and back."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ._flat import FlatTree, near_misses
+from ._select import select
+from ._selectors import as_selector
+
+
+def states(tree: Any, selector: Any = True) -> dict[str, Array]:
+    """The leaves of a pytree that a selector chooses, by their dotted path.
+
+    **Arguments:**
+
+    - `tree`: any pytree, such as an Equinox module.
+    - `selector`: which of its leaves are meant: a path such as `"layers.*.weight"`, one of
+        [`vgrad_eqx.path`][], [`vgrad_eqx.instance`][], [`vgrad_eqx.at`][] and
+        [`vgrad_eqx.leaf`][], or an Equinox filter spec. Defaults to all.
+
+    **Returns:**
+
+    A flat dict `{path: leaf}` in leaf order, of inexact arrays. Integers, PRNG keys,
+    functions and Python numbers are never in it. Any optax transformation takes it as
+    its parameters.
+
+    **Raises:**
+
+    - `TypeError`: if `selector` is none of these.
+    - `ValueError`: if `selector` chooses no inexact array, or if two inexact arrays
+        have one dotted path.
+
+    **Example:**
+
+        >>> import equinox as eqx, jax
+        >>> import vgrad_eqx as vg
+        >>> mlp = eqx.nn.MLP(2, 1, 8, 1, key=jax.random.key(0))
+        >>> {path: leaf.shape for path, leaf in vg.states(mlp, "**.bias").items()}
+        {'layers.0.bias': (8,), 'layers.1.bias': (1,)}
+    """
+    flat = FlatTree(tree)
+    indices, names = select(flat, as_selector(selector), "states(selector=...)")
+    return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
+
+
+def replace_states(tree: Any, values: Mapping[str, Array]) -> Any:
+    """A copy of a pytree with other values at some of its leaves.
+
+    The inverse of [`vgrad_eqx.states`][]. `__init__` and `__check_init__` of a module are
+    not called again.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+    - `values`: a dict `{path: value}`, each value of the shape and dtype of the leaf
+        that it replaces. Leaves without a value stay as they are.
+
+    **Returns:**
+
+    A pytree of the structure of `tree`.
+
+    **Raises:**
+
+    - `TypeError`: if `values` is no dict.
+    - `ValueError`: if a path names no inexact array of `tree`, or a value has another
+        shape or dtype than its leaf. Nothing is replaced then.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> tree = {"a": jnp.zeros(2), "b": jnp.ones(2)}
+        >>> vg.replace_states(tree, {"a": jnp.full(2, 7.0)})["a"].tolist()
+        [7.0, 7.0]
+    """
+    return _merge(tree, values, "replace_states(values=...)", _replace)
+
+
+def apply_updates(tree: Any, updates: Mapping[str, Array]) -> Any:
+    """A copy of a pytree with updates added to some of its leaves.
+
+    The twin of `optax.apply_updates` for the updates that an optax transformation makes of
+    `{path: gradient}`.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+    - `updates`: a dict `{path: update}`, each update of the shape of its leaf. Leaves
+        without an update stay as they are.
+
+    **Returns:**
+
+    A pytree of the structure of `tree`. Every leaf keeps its dtype: a bfloat16 leaf stays
+    bfloat16 under a float32 update.
+
+    **Raises:**
+
+    - `TypeError`: if `updates` is no dict.
+    - `ValueError`: if a path names no inexact array of `tree`, or an update has another
+        shape than its leaf, is not inexact, or is complex where the leaf is real.
+        Nothing is updated then.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> tree = {"a": jnp.ones(2), "b": jnp.ones(2)}
+        >>> tx = optax.sgd(0.5)
+        >>> grads = {"a": jnp.ones(2)}
+        >>> updates, _ = tx.update(grads, tx.init(grads))
+        >>> vg.apply_updates(tree, updates)["a"].tolist()
+        [0.5, 0.5]
+    """
+    return _merge(tree, updates, "apply_updates(updates=...)", _add)
+
+
+def _merge(
+    tree: Any,
+    values: Mapping[str, Any],
+    caller: str,
+    merge_leaf: Callable[[Any, Any, str], Any],
+) -> Any:
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"`{caller}` must be a dict from dotted path to array. "
+            f"Got {eqx.tree_pformat(values)}."
+        )
+    if not values:
+        return tree
+    flat = FlatTree(tree)
+    indices, names = select(flat, as_selector(True), caller)
+    positions = dict(zip(names, indices, strict=True))
+    merged = list(flat.leaves)
+    for name, value in values.items():
+        if name not in positions:
+            raise ValueError(
+                f"`{caller}` must name inexact arrays of the `{type(tree).__name__}`. Got "
+                f"`{name}`. {near_misses(str(name), flat)}"
+            )
+        i = positions[name]
+        merged[i] = merge_leaf(merged[i], value, f"`{caller}` at `{name}`")
+    return flat.unflatten(merged)
+
+
+def _replace(leaf: Any, value: Any, where: str) -> Any:
+    if not eqx.is_array_like(value) or not hasattr(value, "dtype"):
+        raise ValueError(f"{where} must be an array. Got {eqx.tree_pformat(value)}.")
+    # `result_type`, because without x64 a NumPy leaf of float64 is float32 to JAX.
+    if value.shape != leaf.shape or jnp.result_type(value) != jnp.result_type(leaf):
+        raise ValueError(
+            f"{where} must have the shape and dtype of the leaf, "
+            f"{eqx.tree_pformat(leaf)}. Got {eqx.tree_pformat(value)}."
+        )
+    return value
+
+
+def _add(leaf: Any, update: Any, where: str) -> Array:
+    if update is None:
+        raise ValueError(f"{where} must be an array. Got None. Leave the path out instead.")
+    dtype = jnp.result_type(update) if eqx.is_array_like(update) else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"{where} must be an inexact array. Got {eqx.tree_pformat(update)}."
+        )
+    if jnp.shape(update) != leaf.shape:
+        raise ValueError(
+            f"{where} must have the shape of the leaf, {eqx.tree_pformat(leaf)}. "
+            f"Got {eqx.tree_pformat(update)}."
+        )
+    if jnp.iscomplexobj(update) and not jnp.iscomplexobj(leaf):
+        raise ValueError(
+            f"{where} must be real, as the leaf {eqx.tree_pformat(leaf)} is. "
+            f"Got {eqx.tree_pformat(update)}."
+        )
+    return jnp.asarray(leaf + update, jnp.result_type(leaf))
+
+
+def summary(tree: Any, selector: Any = True) -> None:
+    """Prints which leaves of a pytree a selector chooses, and which stay frozen.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+    - `selector`: as in [`vgrad_eqx.states`][].
+
+    **Returns:**
+
+    Nothing. It prints a line for each array: its path, shape, dtype and number of
+    elements, and whether it is chosen, frozen, or not differentiable; then the totals.
+
+    **Raises:**
+
+    - `TypeError`, `ValueError`: as [`vgrad_eqx.states`][].
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> tree = {"b": jnp.zeros(3), "n": jnp.arange(2), "w": jnp.zeros((2, 3))}
+        >>> vg.summary(tree, "w")
+        path  shape   dtype    size
+        b     (3,)    float32     3  frozen
+        n     (2,)    int32       2  not differentiable
+        w     (2, 3)  float32     6  chosen
+        chosen: 6 of 9 parameters, in 1 of 2 arrays
+    """
+    flat = FlatTree(tree)
+    chosen = set(select(flat, as_selector(selector), "summary(selector=...)").indices)
+    differentiable = set(flat.differentiable)
+    rows = [("path", "shape", "dtype", "size", "")]
+    for i, leaf in enumerate(flat.leaves):
+        if eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic):
+            fate = "chosen" if i in chosen else "frozen"
+            rows.append(
+                (
+                    flat.names[i],
+                    str(leaf.shape),
+                    str(leaf.dtype),
+                    f"{math.prod(leaf.shape):,}",
+                    fate if i in differentiable else "not differentiable",
+                )
+            )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, shape, dtype, size, fate in rows:
+        line = (
+            f"{name:{widths[0]}}  {shape:{widths[1]}}  {dtype:{widths[2]}}  "
+            f"{size:>{widths[3]}}  {fate}"
+        )
+        print(line.rstrip())
+    sizes = {i: math.prod(flat.leaves[i].shape) for i in differentiable}
+    print(
+        f"chosen: {sum(sizes[i] for i in chosen):,} of {sum(sizes.values()):,} parameters, "
+        f"in {len(chosen):,} of {len(sizes):,} arrays"
+    )

@@ -1,0 +1,92 @@
+"""A function traced once: what its output depends on, and the function again."""
+
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.tree_util as jtu
+
+# The module is public, though its contents are not documented. The rules for scan, cond
+# and while are JAX's own, and their parameters change from version to version.
+from jax.interpreters.partial_eval import dce_jaxpr
+
+
+def trace(func: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """The closed jaxpr of `func(*args)`, or `None` if `func` cannot be traced.
+
+    A function that looks at values, say in an `if`, can be differentiated eagerly
+    and yet not be traced.
+    """
+    try:
+        return jax.make_jaxpr(func)(*args)
+    except Exception:  # `func` is called again without tracing, and then it may raise
+        return None
+
+
+def evaluate(jaxpr: Any) -> Callable[..., list[Any]]:
+    """A traced function as a function of flat arguments, with a flat list as its result."""
+    return jex.core.jaxpr_as_fun(jaxpr)
+
+
+def find_unused(jaxpr: Any, num_outputs: int) -> list[int]:
+    """The arguments on which none of the first `num_outputs` outputs depends."""
+    outputs = [i < num_outputs for i in range(len(jaxpr.jaxpr.outvars))]
+    _, used = dce_jaxpr(jaxpr.jaxpr, outputs)
+    return [i for i, is_used in enumerate(used) if not is_used]
+
+
+class Seen:
+    """Remembers calls, so that what holds for all of one kind is found out once."""
+
+    def __init__(self, most: int = 256):
+        self._calls: set[Any] = set()
+        self._most = most
+
+    def __contains__(self, call: Any) -> bool:
+        return call is not None and call in self._calls
+
+    def add(self, call: Any) -> None:
+        if call is None:
+            return
+        if len(self._calls) >= self._most:
+            self._calls.clear()
+        self._calls.add(call)
+
+
+def describe_call(func: Callable[..., Any], *rest: Any) -> Any:
+    """What is alike in calls of one kind, or `None` if that cannot be hashed."""
+    try:
+        call = (_identify(func), *map(_describe, rest))
+        hash(call)
+    except TypeError:
+        return None
+    return call
+
+
+def _identify(func: Callable[..., Any]) -> Any:
+    if isinstance(func, eqx.Module):
+        return _describe(func)
+    if isinstance(func, types.MethodType):
+        return weakref.WeakMethod(func)
+    return weakref.ref(func)
+
+
+def _describe(tree: Any) -> Any:
+    """The structure of a pytree, with the shapes and dtypes of its arrays.
+
+    Numbers count by their type alone, because they change from step to step.
+    """
+    leaves, structure = jtu.tree_flatten(tree)
+    return structure, tuple(map(_describe_leaf, leaves))
+
+
+def _describe_leaf(leaf: Any) -> Any:
+    try:
+        return leaf.shape, leaf.dtype
+    except AttributeError:
+        is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
+        return type(leaf) if is_number else leaf
