@@ -74,7 +74,9 @@ def _shorten(texts: list[str], most: int = 5) -> str:
 
 
 def parse_grad_states(grad_states: Any, caller: str) -> Any:
-    """A selector, or the container of selectors that the user gave."""
+    """A selector, the container of selectors that the user gave, or `None`."""
+    if grad_states is None:
+        return None
     if isinstance(grad_states, list | tuple | dict) and not jtu.tree_leaves(grad_states):
         raise ValueError(
             f"`{caller}` must name at least one selector. Got {grad_states!r}. "

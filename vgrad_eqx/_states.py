@@ -202,12 +202,12 @@ def summary(tree: Any, selector: Any = True) -> None:
 
         >>> import jax.numpy as jnp
         >>> import vgrad_eqx as vg
-        >>> tree = {"b": jnp.zeros(3), "n": jnp.arange(2), "w": jnp.zeros((2, 3))}
-        >>> vg.summary(tree, "w")
-        path  shape   dtype    size
-        b     (3,)    float32     3  frozen
-        n     (2,)    int32       2  not differentiable
-        w     (2, 3)  float32     6  chosen
+        >>> bias, weight = jnp.zeros(3, "bfloat16"), jnp.zeros((2, 3), "bfloat16")
+        >>> vg.summary({"b": bias, "n": jnp.zeros(2, "uint8"), "w": weight}, "w")
+        path  shape   dtype     size
+        b     (3,)    bfloat16     3  frozen
+        n     (2,)    uint8        2  not differentiable
+        w     (2, 3)  bfloat16     6  chosen
         chosen: 6 of 9 parameters, in 1 of 2 arrays
     """
     flat = FlatTree(tree)

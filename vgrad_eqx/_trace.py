@@ -3,7 +3,7 @@
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,28 +15,34 @@ import jax.tree_util as jtu
 from jax.interpreters.partial_eval import dce_jaxpr
 
 
-def trace(func: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """The closed jaxpr of `func(*args)`, or `None` if `func` cannot be traced.
+class Staged(NamedTuple):
+    """A function that has been traced for arrays of some shapes."""
+
+    jaxpr: jex.core.ClosedJaxpr
+    structure: Any
+
+    def __call__(self, *args: Any) -> Any:
+        leaves = jex.core.jaxpr_as_fun(self.jaxpr)(*args)
+        return jtu.tree_unflatten(self.structure, leaves)
+
+    def find_unused(self, num_outputs: int) -> list[int]:
+        """The arguments on which none of the first `num_outputs` outputs depends."""
+        outputs = [i < num_outputs for i in range(self.structure.num_leaves)]
+        _, used = dce_jaxpr(self.jaxpr.jaxpr, outputs)
+        return [i for i, is_used in enumerate(used) if not is_used]
+
+
+def stage(func: Callable[..., Any], args: Sequence[Any]) -> Staged | None:
+    """Traces `func`. Returns `None` if that fails.
 
     A function that looks at values, say in an `if`, can be differentiated eagerly
     and yet not be traced.
     """
     try:
-        return jax.make_jaxpr(func)(*args)
-    except Exception:  # `func` is called again without tracing, and then it may raise
+        jaxpr, shapes = jax.make_jaxpr(func, return_shape=True)(*args)
+    except Exception:  # what is wrong for good will be raised again without tracing
         return None
-
-
-def evaluate(jaxpr: Any) -> Callable[..., list[Any]]:
-    """A traced function as a function of flat arguments, with a flat list as its result."""
-    return jex.core.jaxpr_as_fun(jaxpr)
-
-
-def find_unused(jaxpr: Any, num_outputs: int) -> list[int]:
-    """The arguments on which none of the first `num_outputs` outputs depends."""
-    outputs = [i < num_outputs for i in range(len(jaxpr.jaxpr.outvars))]
-    _, used = dce_jaxpr(jaxpr.jaxpr, outputs)
-    return [i for i, is_used in enumerate(used) if not is_used]
+    return Staged(jaxpr, jtu.tree_structure(shapes))
 
 
 class Seen:
@@ -76,9 +82,10 @@ def _identify(func: Callable[..., Any]) -> Any:
 
 
 def _describe(tree: Any) -> Any:
-    """The structure of a pytree, with the shapes and dtypes of its arrays.
+    """The structure of a pytree, and the shapes and dtypes of its arrays.
 
-    Numbers count by their type alone, because they change from step to step.
+    Of other leaves only flags and names count: numbers change from step to step, and an
+    object must not be kept alive for being remembered.
     """
     leaves, structure = jtu.tree_flatten(tree)
     return structure, tuple(map(_describe_leaf, leaves))
@@ -88,5 +95,4 @@ def _describe_leaf(leaf: Any) -> Any:
     try:
         return leaf.shape, leaf.dtype
     except AttributeError:
-        is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
-        return type(leaf) if is_number else leaf
+        return leaf if isinstance(leaf, bool | str) else type(leaf)

@@ -8,12 +8,13 @@ import equinox as eqx
 from ._debug import raise_if_not_finite
 from ._output import Output, split_output
 from ._parts import ArgPart, Part, StatePart, find_positions
-from ._trace import Seen, describe_call, evaluate, find_unused, trace
+from ._trace import Seen, describe_call, stage
 
 
-# From a function of flat arrays, with arrays to differentiate and other arrays as its
-# result, to a gradient for each argument and that result.
-Rule = Callable[[Callable[..., Any], Sequence[Any]], tuple[Sequence[Any], Any, Any]]
+# Takes a function of flat arrays, which returns a tuple to differentiate and a tuple of
+# other arrays, and its arguments. Returns the first tuple, a gradient for each argument,
+# and the second tuple.
+Rule = Callable[[Callable[..., Any], Sequence[Any]], tuple[Any, Sequence[Any], Any]]
 
 # Calls in which every selected leaf was found to matter, or that cannot be traced.
 _checked = Seen()
@@ -48,7 +49,8 @@ class GradientTransform(eqx.Module):
     name: str = eqx.field(static=True)
     argnums: int | tuple[int, ...] | None = eqx.field(static=True)
     return_value: bool = eqx.field(static=True)
-    has_aux: bool = eqx.field(static=True)
+    has_aux: bool | None = eqx.field(static=True)
+    unit_aware: bool = eqx.field(static=True)
     check_states: bool = eqx.field(static=True)
     debug_nan: bool = eqx.field(static=True)
 
@@ -63,10 +65,7 @@ class GradientTransform(eqx.Module):
         states, arg_parts = self._find_parts(args)
         parts = [*([] if states is None else [states]), *arg_parts]
         call = _Call(self, parts, args, kwargs)
-        func = call.run
-        if states is not None and self.check_states:
-            func = self._check(call, states)
-        grads, diff_out, arrays = self.rule(func, call.diff)
+        diff_out, grads, arrays = self._differentiate(call, states)
         if self.debug_nan:
             names = [name for part in parts for name in part.names]
             raise_if_not_finite(grads, names, f"{self.name}(debug_nan=True)")
@@ -95,38 +94,39 @@ class GradientTransform(eqx.Module):
         positions = find_positions(argnums, len(args), states, caller)
         return states, [ArgPart(args, position, caller) for position in positions]
 
-    def _check(self, call: "_Call", states: StatePart) -> Callable[..., Any]:
-        """Refuses selected leaves that do not matter. Returns the function to differentiate.
+    def _differentiate(self, call: "_Call", states: StatePart | None) -> tuple[Any, Any, Any]:
+        def differentiate(*diff: Any) -> tuple[Any, Any, Any]:
+            return self.rule(call.run, diff)
 
-        That is the traced function, where tracing was needed and possible, so that `func`
-        itself is called only once.
-        """
-        description = describe_call(self.func, call.args, call.kwargs)
-        if description is not None:
-            description = (description, tuple(states.indices), self.has_aux)
+        if states is None or not self.check_states:
+            return differentiate(*call.diff)
+        description = self._describe(call, states)
         if description in _checked:
-            return call.run
-        jaxpr = trace(call.run, call.diff)
-        if jaxpr is None:
-            _checked.add(description)
-            return call.run
-        num_out = len(call.output.diff_indices)
-        unused = [i for i in find_unused(jaxpr, num_out) if i < len(states.diff)]
-        if unused:
-            names = ", ".join(f"`{states.names[i]}`" for i in unused)
+            return differentiate(*call.diff)
+        # The rule is traced along with `func`, so that `func` is called only once, and JAX
+        # differentiates it as it always does, which is twice as fast as differentiating a
+        # jaxpr: the traced gradient only has to be replayed.
+        staged = stage(differentiate, call.diff)
+        if staged is None:
+            results = differentiate(*call.diff)
+        else:
+            self._check_used(staged.find_unused(len(call.output.diff_indices)), states)
+            results = staged(*call.diff)
+        _checked.add(description)
+        return results
+
+    def _describe(self, call: "_Call", states: StatePart) -> Any:
+        described = describe_call(self.func, call.args, call.kwargs)
+        return described and (described, tuple(states.indices), self.has_aux)
+
+    def _check_used(self, unused: Sequence[int], states: StatePart) -> None:
+        names = [f"`{states.names[i]}`" for i in unused if i < len(states.diff)]
+        if names:
             raise ValueError(
                 f"`{self.name}(grad_states=...)` must select leaves on which the output of "
-                f"`func` depends. It does not depend on {names}. Narrow the selector, or "
-                "pass `check_states=False` to get zeros."
+                f"`func` depends. It does not depend on {', '.join(names)}. Narrow the "
+                "selector, or pass `check_states=False` to get zeros."
             )
-        _checked.add(description)
-        evaluated = evaluate(jaxpr)
-
-        def run(*diff: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            out = evaluated(*diff)
-            return tuple(out[:num_out]), tuple(out[num_out:])
-
-        return run
 
     def _order(self, states: StatePart | None, grads: list[Any]) -> Any:
         var_grads = [] if states is None else [grads.pop(0)]

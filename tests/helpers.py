@@ -1,0 +1,32 @@
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+
+
+def tree_allclose(x, y, rtol=1e-5, atol=1e-5):
+    return bool(eqx.tree_equal(x, y, typematch=True, rtol=rtol, atol=atol))
+
+
+def make_mlp(depth=2, seed=0):
+    return eqx.nn.MLP(3, 2, 8, depth, key=jr.key(seed))
+
+
+def apply(model, x):
+    return model(x)
+
+
+def column_sums(jacobian, out, tree):
+    """The column sums of `jax.jacrev`, added up over the leaves of the output."""
+    out_structure = jtu.tree_structure(out)
+    blocks = out_structure.flatten_up_to(jacobian)
+    out_ndims = [jnp.ndim(leaf) for leaf in jtu.tree_leaves(out)]
+    summed = [
+        jtu.tree_map(lambda block, n=ndim: block.sum(axis=tuple(range(n))), blocks_of_leaf)
+        for blocks_of_leaf, ndim in zip(blocks, out_ndims, strict=True)
+    ]
+    return jtu.tree_map(
+        lambda leaf, *parts: sum(parts[1:], start=parts[0]).astype(jnp.result_type(leaf)),
+        tree,
+        *summed,
+    )
