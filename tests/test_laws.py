@@ -5,22 +5,27 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 import saiunit
 import vgrad_eqx as vg
 
 from .helpers import column_sums, tree_allclose
 
 
-shapes = st.lists(st.integers(0, 3), max_size=2).map(tuple)
+# Few shapes, because each new one is compiled again.
+shapes = st.sampled_from([(), (0,), (2,), (2, 3)])
 names = st.sampled_from(["a", "b", "weight", "layers"])
 seeds = st.integers(0, 2**31 - 1)
 
 
+def normal(seed, shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 def trees(dtypes):
     leaves = st.builds(
-        lambda shape, dtype, seed: jr.normal(jr.key(seed), shape).astype(dtype),
+        lambda shape, dtype, seed: jnp.asarray(normal(seed, shape), dtype),
         shapes,
         st.sampled_from(dtypes),
         seeds,
@@ -40,22 +45,24 @@ def trees(dtypes):
 
 
 class RandomFunc:
-    """Mixes all inexact leaves of a tree, smoothly, into an output of random shapes."""
+    """Mixes all inexact leaves of a tree, smoothly, into outputs of several shapes."""
 
     def __init__(self, seed, is_scalar=False):
         self.seed = seed
         self.is_scalar = is_scalar
 
-    def __call__(self, tree, scale=1.0):
+    def __call__(self, tree):
         arrays = [x for x in jtu.tree_leaves(tree) if eqx.is_inexact_array(x)]
-        flat = jnp.concatenate([x.astype(float).ravel() for x in arrays])
-        mix_key, out_key, shape_key = jr.split(jr.key(self.seed), 3)
-        hidden = jnp.tanh(jr.normal(mix_key, (5, flat.size)) @ flat) * scale
+        hidden = jnp.zeros(4, jnp.float32)
+        for i, x in enumerate(arrays):
+            mixing = normal(self.seed + i, (4, x.size))
+            hidden = jnp.tanh(hidden + mixing @ x.astype(jnp.float32).ravel())
         if self.is_scalar:
             return jnp.sum(hidden**2)
-        rows = int(jr.randint(shape_key, (), 0, 4)) if self.seed % 3 else 2
-        mixed = jr.normal(out_key, (rows, 5)) @ hidden
-        return {"y": (mixed, hidden[0]), "own": jnp.sin(arrays[0].astype(float)), "n": rows}
+        rows = 2 * (self.seed % 2)
+        mixed = normal(self.seed, (rows, 4)) @ hidden
+        own = jnp.sin(arrays[0].astype(jnp.float32))
+        return {"y": (mixed, hidden[0]), "own": own, "n": rows}
 
 
 funcs = st.builds(RandomFunc, seeds)
@@ -68,7 +75,7 @@ def test_argument_gradient_is_the_column_sums_of_the_jacobian(func, tree):
     grads, value = vg.vector_grad(func, return_value=True)(tree)
     diff, nondiff = eqx.partition(tree, eqx.is_inexact_array)
     # In float32, because in half precision adding up a Jacobian rounds differently.
-    wide = jtu.tree_map(lambda x: x.astype(float), diff)
+    wide = jtu.tree_map(lambda x: x.astype(jnp.float32), diff)
 
     def inexact_outputs(diff):
         return eqx.filter(func(eqx.combine(diff, nondiff)), eqx.is_inexact_array)
@@ -151,9 +158,9 @@ ELEMENTARY = {
 }
 
 
-@hypothesis.given(st.sampled_from(sorted(ELEMENTARY)), st.integers(0, 5), seeds)
+@hypothesis.given(st.sampled_from(sorted(ELEMENTARY)), st.sampled_from([0, 1, 5]), seeds)
 def test_agrees_with_saiunit(name, size, seed):
-    func, x = ELEMENTARY[name], jr.normal(jr.key(seed), (size,))
+    func, x = ELEMENTARY[name], jnp.asarray(normal(seed, size))
     ours = vg.vector_grad(func, return_value=True)(x)
     theirs = saiunit.autograd.vector_grad(func, return_value=True)(x)
     assert tree_allclose(ours, tuple(theirs))
