@@ -1,13 +1,12 @@
 """Gradients of chosen leaves of Equinox models and of vector-valued functions."""
 
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from ._operators import vector_grad as vector_grad
 from ._selectors import at as at
 from ._selectors import instance as instance
 from ._selectors import leaf as leaf
 from ._selectors import path as path
-from ._selectors import Selector as Selector
 from ._states import apply_updates as apply_updates
 from ._states import replace_states as replace_states
 from ._states import states as states
@@ -15,4 +14,4 @@ from ._states import summary as summary
 from ._transform import GradientTransform as GradientTransform
 
 
-__version__ = importlib.metadata.version("vgrad_eqx")
+__version__ = _version("vgrad_eqx")

@@ -1,0 +1,65 @@
+import doctest
+import inspect
+import subprocess
+import sys
+
+import pytest
+import vgrad_eqx as vg
+
+
+PUBLIC = {name: getattr(vg, name) for name in dir(vg) if not name.startswith("_")}
+
+
+def test_what_is_public():
+    assert set(PUBLIC) == {
+        "GradientTransform",
+        "apply_updates",
+        "at",
+        "instance",
+        "leaf",
+        "path",
+        "replace_states",
+        "states",
+        "summary",
+        "vector_grad",
+    }
+
+
+@pytest.mark.parametrize(("name", "public"), PUBLIC.items(), ids=PUBLIC.keys())
+def test_docstring_is_complete(name, public):
+    doc = inspect.getdoc(public)
+    assert doc
+    for heading in ("**Returns:**", "**Example:**"):
+        assert heading in doc
+    assert doctest.DocTestParser().get_examples(doc)
+    if inspect.isfunction(public):
+        for parameter in inspect.signature(public).parameters:
+            assert f"- `{parameter}`:" in doc
+
+
+def test_private_names_are_not_needed():
+    assert vg.GradientTransform.__call__.__module__ == "vgrad_eqx._transform"
+    assert vg.__version__.count(".") == 2
+
+
+def test_brainunit_is_not_imported_for_functions_without_units():
+    code = (
+        "import sys, jax.numpy as jnp, vgrad_eqx as vg;"
+        "vg.vector_grad(lambda tree: tree['a']**2, 'a')({'a': jnp.ones(2)});"
+        "assert not {'brainunit', 'saiunit'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_quantities_are_one_leaf_and_not_differentiated():
+    import brainunit as u
+    import jax.numpy as jnp
+
+    tree = {"tau": 3.0 * u.ms, "w": jnp.ones(2)}
+    assert list(vg.states(tree)) == ["w"]
+    with pytest.raises(ValueError, match="selects `tau`"):
+        vg.states(tree, "tau")
+    with pytest.raises(TypeError, match=r"Got argument 0: .*3\.0?.*ms"):
+        vg.vector_grad(lambda tau: tau**2)(3.0 * u.ms)
+    with pytest.raises(TypeError, match="must return an inexact array"):
+        vg.vector_grad(lambda x: x * u.mV)(jnp.ones(2))
