@@ -23,7 +23,7 @@ import vgrad_eqx as vg
 
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 BATCH_SIZE = 128
@@ -73,7 +73,11 @@ def train(model, data, steps, seed):
     )
     selectors = [vg.path("**"), ~vg.path("layers.0")]
     rng = np.random.default_rng(seed)
-    history = {"loss": [], "accuracy": [], "norms": {path: {} for path in vg.states(model)}}
+    history = {
+        "loss": [],
+        "accuracy": [],
+        "norms": {path: {} for path in vg.states(model)},
+    }
     with tqdm.trange(steps, desc="training") as progress:
         for i in progress:
             if i in (0, steps // 2):

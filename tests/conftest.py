@@ -6,9 +6,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of the time of an example, and its share of it varies from run to run.
-hypothesis.settings.register_profile(
-    "jax", deadline=None, max_examples=25, derandomize=True
-)
+hypothesis.settings.register_profile("jax", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("jax")
 
 

@@ -26,7 +26,7 @@ def column_sums(jacobian, out, tree):
         for blocks_of_leaf, ndim in zip(blocks, out_ndims, strict=True)
     ]
     return jtu.tree_map(
-        lambda leaf, *parts: sum(parts[1:], start=parts[0]).astype(jnp.result_type(leaf)),
+        lambda leaf, *parts: jnp.asarray(sum(parts), jnp.result_type(leaf)),
         tree,
         *summed,
     )

@@ -38,8 +38,10 @@ def measure(func, model, x):
         .lower(params, x)
         .compile()
     )
-    cost = compiled.cost_analysis()
-    instructions = len(re.findall(r"^\s+(ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE))
+    cost, text = compiled.cost_analysis(), compiled.as_text()
+    assert cost is not None
+    assert text is not None
+    instructions = len(re.findall(r"^\s+(ROOT )?%\S+ = ", text, re.MULTILINE))
     assert instructions > 5
     return instructions, cost["flops"], cost["bytes accessed"]
 
@@ -49,9 +51,7 @@ def measure(func, model, x):
 def test_same_instructions_flops_and_bytes_as_by_hand(selector, check_states):
     model, x = make_mlp(depth=3), jnp.ones(3)
     names = list(vg.states(model, selector))
-    transform = vg.vector_grad(
-        apply, selector, return_value=True, check_states=check_states
-    )
+    transform = vg.vector_grad(apply, selector, return_value=True, check_states=check_states)
     ours = measure(transform, model, x)
     assert ours == measure(lambda model, x: by_hand(model, names, x), model, x)
 

@@ -35,8 +35,10 @@ def trees(dtypes):
         names,
         st.recursive(
             leaves | others,
-            lambda children: st.lists(children, min_size=1, max_size=3)
-            | st.dictionaries(names, children, min_size=1, max_size=2),
+            lambda children: (
+                st.lists(children, min_size=1, max_size=3)
+                | st.dictionaries(names, children, min_size=1, max_size=2)
+            ),
             max_leaves=4,
         ),
         min_size=1,

@@ -1,5 +1,7 @@
 """Models that people have, each against Equinox's own gradient."""
 
+from typing import Any
+
 import equinox as eqx
 import flax.linen as linen
 import flax.nnx as nnx
@@ -101,8 +103,16 @@ MODELS = {
         lambda model, x: model(x, key=jr.key(7)),
         BATCH[0],
     ),
-    "MultiheadAttention": (eqx.nn.MultiheadAttention(1, 3, key=KEY), call_attention, BATCH),
-    "LSTM": (Recurrent(eqx.nn.LSTMCell(3, 5, key=KEY)), lambda model, x: model(x), BATCH),
+    "MultiheadAttention": (
+        eqx.nn.MultiheadAttention(1, 3, key=KEY),
+        call_attention,
+        BATCH,
+    ),
+    "LSTM": (
+        Recurrent(eqx.nn.LSTMCell(3, 5, key=KEY)),
+        lambda model, x: model(x),
+        BATCH,
+    ),
     "Fields": (make_fields(), lambda model, x: model(x), BATCH[0]),
     "Shared": (make_shared(), call_shared, jnp.ones(4)),
     "__check_init__": (Positive(jnp.ones(3)), lambda model, x: model(x), BATCH[0]),
@@ -172,7 +182,7 @@ def test_batch_norm_carries_its_state_as_aux():
 
 
 def test_flax_linen_variables():
-    module = linen.Dense(2)
+    module: Any = linen.Dense(2)
     variables = module.init(KEY, BATCH)
     transform = vg.vector_grad(module.apply, "params.*")
     grads = transform(variables, BATCH)
@@ -182,7 +192,7 @@ def test_flax_linen_variables():
 
 
 def test_flax_nnx_module():
-    module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    module: Any = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     transform = vg.vector_grad(lambda module, x: module(x), True)
     grads = {path: jnp.asarray(grad) for path, grad in transform(module, BATCH).items()}
     expected = nnx.grad(lambda module: module(BATCH).sum())(module)

@@ -232,7 +232,14 @@ def test_a_number_is_differentiated(scalar):
 
 def test_output_may_be_any_pytree():
     def func(x):
-        return {"y": x**2, "n": 3, "tag": "s", "i": jnp.arange(2), "z": [x[0]], "c": 1.5}
+        return {
+            "y": x**2,
+            "n": 3,
+            "tag": "s",
+            "i": jnp.arange(2),
+            "z": [x[0]],
+            "c": 1.5,
+        }
 
     grads, value = vg.vector_grad(func, return_value=True)(X)
     assert tree_allclose(grads, 2 * X + jnp.array([1.0, 0.0]))

@@ -1,3 +1,6 @@
+import operator
+from typing import Any
+
 import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
@@ -28,12 +31,26 @@ class Net(eqx.Module):
 
 
 def make_body():
-    return Body(jnp.ones((2, 3)), None, jnp.arange(3, dtype=jnp.int32), jr.key(0), jax.nn.relu, 0.5)
+    return Body(
+        jnp.ones((2, 3)),
+        None,
+        jnp.arange(3, dtype=jnp.int32),
+        jr.key(0),
+        jax.nn.relu,
+        0.5,
+    )
 
 
 def make_net():
-    head = {"kernel": jnp.ones(2), "9": np.ones(3, np.float32), "mask": np.ones(2, bool)}
+    head = {
+        "kernel": jnp.ones(2),
+        "9": np.ones(3, np.float32),
+        "mask": np.ones(2, bool),
+    }
     return Net([make_body(), make_body()], head, eqx.nn.LayerNorm(2))
+
+
+make_spec: Any = Net
 
 
 EVERY = [
@@ -84,25 +101,29 @@ SELECTORS = {
     "type of a leaf": (vg.instance(np.ndarray), ["head.9"]),
     "at a leaf": (vg.at(lambda net: net.norm.bias), ["norm.bias"]),
     "at a node": (vg.at(lambda net: net.encoder[1]), ["encoder.1.weight"]),
-    "at several": (vg.at(lambda net: (net.norm, net.head["9"])), EVERY[2:3] + EVERY[4:]),
+    "at several": (
+        vg.at(lambda net: (net.norm, net.head["9"])),
+        EVERY[2:3] + EVERY[4:],
+    ),
     "leaf": (vg.leaf(lambda leaf: leaf.ndim == 2), EVERY[:2]),
     "and": (vg.path("**.weight") & vg.instance(Body), EVERY[:2]),
     "string and": ("**.weight" & vg.instance(Body), EVERY[:2]),
     "and string": (vg.instance(Body) & "encoder.1", EVERY[1:2]),
     "or": (vg.path("norm") | "head", EVERY[2:]),
     "string or": ("norm" | vg.path("head"), EVERY[2:]),
-    "not": (~vg.instance((Body, eqx.nn.LayerNorm)) | "norm.bias", [*EVERY[2:4], "norm.bias"]),
+    "not": (
+        ~vg.instance((Body, eqx.nn.LayerNorm)) | "norm.bias",
+        [*EVERY[2:4], "norm.bias"],
+    ),
     "not not": (~~vg.path("norm"), EVERY[4:]),
     "predicate": (eqx.is_inexact_array, EVERY),
     "predicate and": (vg.path("norm") & eqx.is_array, EVERY[4:]),
-    "prefix": (Net(True, {"9": True, "kernel": False, "mask": True}, False), EVERY[:3]),
-    "prefix of predicates": (Net(False, False, eqx.is_array), EVERY[4:]),
+    "prefix": (make_spec(True, {"9": True, "kernel": False, "mask": True}, False), EVERY[:3]),
+    "prefix of predicates": (make_spec(False, False, eqx.is_array), EVERY[4:]),
 }
 
 
-@pytest.mark.parametrize(
-    ("selector", "expected"), SELECTORS.values(), ids=SELECTORS.keys()
-)
+@pytest.mark.parametrize(("selector", "expected"), SELECTORS.values(), ids=SELECTORS.keys())
 def test_selector(selector, expected):
     for _ in range(2):
         assert list(vg.states(make_net(), selector)) == expected
@@ -148,14 +169,18 @@ class Unhashable(eqx.Module):
 def test_static_fields_that_cannot_be_hashed():
     module = Unhashable(jnp.ones(2), [1, 2])
     assert list(vg.states(module)) == ["weight"]
-    assert vg.vector_grad(lambda m: m.weight**2, True)(module)["weight"].tolist() == [2, 2]
+    assert vg.vector_grad(lambda m: m.weight**2, True)(module)["weight"].tolist() == [
+        2,
+        2,
+    ]
 
 
 segments = st.sampled_from(["a", "b", "ab", "layers", "0", "1"])
 
 
 @hypothesis.given(
-    st.lists(segments, min_size=1, max_size=4), st.lists(st.booleans(), min_size=4, max_size=4)
+    st.lists(segments, min_size=1, max_size=4),
+    st.lists(st.booleans(), min_size=4, max_size=4),
 )
 def test_a_path_matches_itself_with_any_segment_starred(names, starred):
     tree = jnp.ones(1)
@@ -179,21 +204,22 @@ def test_malformed_globs_are_refused_at_once(glob):
         vg.vector_grad(lambda x: x, glob)
 
 
-WRONG = {
-    "path": (lambda: vg.path(3), r"`path\(\*globs\)` takes strings .* Got 3"),
-    "no path": (lambda: vg.path(), "needs at least one string. Got none"),
-    "instance": (lambda: vg.instance("a"), "takes a class or a tuple of .* Got 'a'"),
-    "no type": (lambda: vg.instance(()), r"takes a class or a tuple of .* Got \(\)"),
-    "at": (lambda: vg.at("a"), r"`at\(where\)` takes a function .* Got 'a'"),
-    "leaf": (lambda: vg.leaf(True), r"`leaf\(predicate\)` takes a function .* Got True"),
-    "and": (lambda: vg.path("a") & 3, "A selector must be .* Got 3"),
+# The constructor, what it is wrongly given, and what it says then.
+WRONG: dict[str, tuple[Any, list[Any], str]] = {
+    "path": (vg.path, [3], r"`path\(\*globs\)` takes strings .* Got 3"),
+    "no path": (vg.path, [], "needs at least one string. Got none"),
+    "instance": (vg.instance, ["a"], "takes a class or a tuple of .* Got 'a'"),
+    "no type": (vg.instance, [()], r"takes a class or a tuple of .* Got \(\)"),
+    "at": (vg.at, ["a"], r"`at\(where\)` takes a function .* Got 'a'"),
+    "leaf": (vg.leaf, [True], r"`leaf\(predicate\)` takes a function .* Got True"),
+    "and": (operator.and_, [vg.path("a"), 3], "A selector must be .* Got 3"),
 }
 
 
-@pytest.mark.parametrize(("make", "match"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_selectors_are_refused_at_once(make, match):
+@pytest.mark.parametrize(("make", "args", "match"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_selectors_are_refused_at_once(make, args, match):
     with pytest.raises(TypeError, match=match):
-        make()
+        make(*args)
 
 
 def test_at_must_return_a_part_of_the_tree():
@@ -221,14 +247,29 @@ def test_path_of_none_may_be_excluded():
 
 
 NOTHING = {
-    "integers": ("encoder.*.count", r"selects `encoder.0.count` \(i32\[3\]\), `encoder.1"),
+    "integers": (
+        "encoder.*.count",
+        r"selects `encoder.0.count` \(i32\[3\]\), `encoder.1",
+    ),
     "inner node": ("encoder.0.activation", r"selects `encoder.0.activation` \(.*relu"),
     "key": ("encoder.0.key", r"selects `encoder.0.key` \(key<fry>\[\]\)"),
     "python float": ("encoder.0.rate", r"selects `encoder.0.rate` \(0.5\)"),
-    "none": ("encoder.*.bias", r"selects nothing.*nothing at `encoder.0.bias`, `encoder.1.b"),
-    "false": (False, "selects nothing of the `Net`. Its inexact arrays are `encoder.0.we"),
-    "instance": (vg.instance(eqx.nn.Conv), r"Got instance\(Conv\), which selects nothing"),
-    "disjoint": (vg.path("head") & "norm", r"\(path\('head'\) & path\('norm'\)\), which"),
+    "none": (
+        "encoder.*.bias",
+        r"selects nothing.*nothing at `encoder.0.bias`, `encoder.1.b",
+    ),
+    "false": (
+        False,
+        "selects nothing of the `Net`. Its inexact arrays are `encoder.0.we",
+    ),
+    "instance": (
+        vg.instance(eqx.nn.Conv),
+        r"Got instance\(Conv\), which selects nothing",
+    ),
+    "disjoint": (
+        vg.path("head") & "norm",
+        r"\(path\('head'\) & path\('norm'\)\), which",
+    ),
 }
 
 

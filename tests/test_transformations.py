@@ -88,9 +88,7 @@ def test_scan(transform, getkey):
 
 def test_checkpoint(transform):
     model, x = make_mlp(), jnp.ones(3)
-    assert tree_allclose(
-        jax.checkpoint(lambda x: transform(model, x))(x), expected(model, x)
-    )
+    assert tree_allclose(jax.checkpoint(lambda x: transform(model, x))(x), expected(model, x))
     inner = vg.vector_grad(eqx.filter_checkpoint(apply), True)(model, x)
     assert tree_allclose(inner, vg.vector_grad(apply, True)(model, x))
 

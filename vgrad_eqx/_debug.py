@@ -4,14 +4,13 @@ import functools as ft
 from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 
-def raise_if_not_finite(
-    grads: Sequence[Array], names: Sequence[str], caller: str
-) -> None:
+def raise_if_not_finite(grads: Sequence[Array], names: Sequence[str], caller: str) -> None:
     """Raises if a gradient holds a NaN or an infinity, also from compiled code."""
     faults = jnp.stack([_faults(grad) for grad in grads])
     report = ft.partial(_report, names=tuple(names), caller=caller)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
+import jax.core
 import jax.tree_util as jtu
 
 from ._units import quantity_test

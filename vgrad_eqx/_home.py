@@ -38,9 +38,7 @@ def _find_in_partial(func: eqx.Partial) -> Home | None:
             inner.tree, lambda tree: eqx.Partial(inner.rebuild(tree), *args, **keywords)
         )
     if args:
-        return Home(
-            args[0], lambda tree: eqx.Partial(func.func, tree, *args[1:], **keywords)
-        )
+        return Home(args[0], lambda tree: eqx.Partial(func.func, tree, *args[1:], **keywords))
     return None
 
 

@@ -172,7 +172,7 @@ def _make_transform(
     return _wrap(func, name=name, rule=rule, **options)
 
 
-def _wrap(func: Any, *, name: str, **options: Any) -> GradientTransform:
+def _wrap(func: Any, *, name: str, **options: Any) -> Any:
     if not callable(func):
         raise TypeError(
             f"`{name}(func=...)` must be a callable. Got {func!r}. To set options first, "

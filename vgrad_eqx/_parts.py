@@ -10,7 +10,6 @@ import jax.tree_util as jtu
 from ._flat import FlatTree, is_scalar, put
 from ._home import find_home
 from ._select import select
-from ._selectors import Selector
 
 
 Func = Callable[..., Any]

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from ._flat import FlatTree, map_leaves, near_misses, names_without_leaves
+from ._flat import FlatTree, map_leaves, names_without_leaves, near_misses
 from ._glob import compile_glob
 
 
@@ -263,8 +263,7 @@ def instance(node_type: type | tuple[type, ...]) -> Selector:
     types = node_type if isinstance(node_type, tuple) else (node_type,)
     if not types or not all(isinstance(each, type) for each in types):
         raise TypeError(
-            "`instance(node_type)` takes a class or a tuple of classes. "
-            f"Got {node_type!r}."
+            f"`instance(node_type)` takes a class or a tuple of classes. Got {node_type!r}."
         )
     return _Instance(node_type)
 

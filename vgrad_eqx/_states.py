@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from ._flat import FlatTree, near_misses
 from ._select import select
@@ -49,7 +50,7 @@ def states(tree: Any, selector: Any = True) -> dict[str, Array]:
     return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
 
 
-def replace_states(tree: Any, values: Mapping[str, Array]) -> Any:
+def replace_states(tree: Any, values: Mapping[str, ArrayLike]) -> Any:
     """A copy of a pytree with other values at some of its leaves.
 
     The inverse of [`vgrad_eqx.states`][]. `__init__` and `__check_init__` of a module are
@@ -82,7 +83,7 @@ def replace_states(tree: Any, values: Mapping[str, Array]) -> Any:
     return _merge(tree, values, "replace_states(values=...)", _replace)
 
 
-def apply_updates(tree: Any, updates: Mapping[str, Array]) -> Any:
+def apply_updates(tree: Any, updates: Any) -> Any:
     """A copy of a pytree with updates added to some of its leaves.
 
     The twin of `optax.apply_updates` for the updates that an optax transformation makes of
@@ -165,9 +166,7 @@ def _add(leaf: Any, update: Any, where: str) -> Array:
         raise ValueError(f"{where} must be an array. Got None. Leave the path out instead.")
     dtype = jnp.result_type(update) if eqx.is_array_like(update) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(
-            f"{where} must be an inexact array. Got {eqx.tree_pformat(update)}."
-        )
+        raise ValueError(f"{where} must be an inexact array. Got {eqx.tree_pformat(update)}.")
     if jnp.shape(update) != leaf.shape:
         raise ValueError(
             f"{where} must have the shape of the leaf, {eqx.tree_pformat(leaf)}. "

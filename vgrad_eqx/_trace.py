@@ -18,7 +18,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 class Staged(NamedTuple):
     """A function that has been traced for arrays of some shapes."""
 
-    jaxpr: jex.core.ClosedJaxpr
+    jaxpr: Any
     structure: Any
 
     def __call__(self, *args: Any) -> Any:

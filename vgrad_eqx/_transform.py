@@ -7,8 +7,8 @@ import equinox as eqx
 
 from ._debug import raise_if_not_finite
 from ._output import Output, split_output
-from ._parts import ArgPart, Part, StatePart, find_positions
-from ._trace import Seen, describe_call, stage
+from ._parts import ArgPart, find_positions, Part, StatePart
+from ._trace import describe_call, Seen, stage
 
 
 # Takes a function of flat arrays, which returns a tuple to differentiate and a tuple of
