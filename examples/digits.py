@@ -32,9 +32,25 @@ LOWEST_ACCURACY = 0.96
 
 def load_data(seed):
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)
+    images = (images / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     return sklearn.model_selection.train_test_split(
         images, labels, test_size=0.2, random_state=seed, stratify=labels
+    )
+
+
+def make_model(key):
+    keys = jr.split(key, 3)
+    return eqx.nn.Sequential(
+        [
+            eqx.nn.Conv2d(1, 32, 3, padding=1, key=keys[0]),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.MaxPool2d(2, 2),
+            eqx.nn.Conv2d(32, 64, 3, padding=1, key=keys[1]),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.MaxPool2d(2, 2),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.Linear(256, 10, key=keys[2]),
+        ]
     )
 
 
@@ -67,7 +83,7 @@ def make_step(tx, selector):
 def train(model, data, steps, seed):
     train_images, test_images, train_labels, test_labels = data
     tx = optax.adamw(
-        optax.cosine_decay_schedule(3e-3, steps // 2),
+        optax.cosine_decay_schedule(5e-3, steps // 2),
         weight_decay=1e-2,
         mask=lambda params: {path: path.endswith("weight") for path in params},
     )
@@ -121,11 +137,11 @@ def plot(history, frozen_at, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=800, help="number of steps")
+    parser.add_argument("--steps", type=int, default=500, help="number of steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of model, split, batches")
     parser.add_argument("--out", type=Path, default=Path("digits.png"), help="the plot")
     args = parser.parse_args()
-    model = eqx.nn.MLP(64, 10, 128, 2, key=jr.key(args.seed))
+    model = make_model(jr.key(args.seed))
     print("What is trained after half of the steps:")
     vg.summary(model, ~vg.path("layers.0"))
     data = load_data(args.seed)

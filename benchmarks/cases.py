@@ -1,0 +1,97 @@
+"""What is measured: gradients by selector against the same work by hand."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import vgrad_eqx as vg
+
+
+Ways = dict[str, Callable[[], object]]
+
+
+class Net(eqx.Module):
+    """Layers of 8 x 8, so that calls cost more than arithmetic."""
+
+    layers: list[eqx.nn.Linear]
+
+    def __init__(self, num_leaves: int):
+        keys = jr.split(jr.key(0), num_leaves // 2)
+        self.layers = [eqx.nn.Linear(8, 8, key=key) for key in keys]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return x
+
+
+def apply(net, xs):
+    return net(xs[0])
+
+
+def gradient_by_hand(spec) -> Callable:
+    def gradient(net, xs):
+        diff, nondiff = eqx.partition(net, spec)
+        value, pull_back = eqx.filter_vjp(
+            lambda diff: apply(eqx.combine(diff, nondiff), xs), diff
+        )
+        return pull_back(jnp.ones_like(value))[0]
+
+    return gradient
+
+
+def gradients(num_leaves: int) -> tuple[Net, jax.Array, dict[str, Callable]]:
+    net = Net(num_leaves)
+    spec = jtu.tree_map(eqx.is_inexact_array, net)
+    return (
+        net,
+        jnp.ones((1, 8)),
+        {
+            "eqx.filter_vjp": gradient_by_hand(spec),
+            "unchecked": vg.vector_grad(apply, "layers.**", check_states=False),
+            "checked": vg.vector_grad(apply, "layers.**"),
+        },
+    )
+
+
+def eager(num_leaves: int) -> Ways:
+    net, xs, funcs = gradients(num_leaves)
+    return {name: lambda func=func: func(net, xs) for name, func in funcs.items()}
+
+
+def tracing(num_leaves: int) -> Ways:
+    """Each trace is of an input of another length, so that nothing is remembered."""
+    net, _, funcs = gradients(num_leaves)
+    arrays, static = eqx.partition(net, eqx.is_array)
+    counts = dict.fromkeys(funcs, 0)
+
+    def trace(name):
+        counts[name] += 1
+        xs = jax.ShapeDtypeStruct((counts[name], 8), jnp.float32)
+
+        def gradient(arrays, xs):
+            return funcs[name](eqx.combine(arrays, static), xs)
+
+        jax.make_jaxpr(gradient)(arrays, xs)
+
+    return {name: lambda name=name: trace(name) for name in funcs}
+
+
+def choosing(num_leaves: int) -> Ways:
+    """Flattening alone, then the choice: anew each time, and in a tree of a known kind."""
+    tree = Net(num_leaves)
+    counter = iter(range(10**9))
+
+    def choose_anew():
+        # A glob that was not asked before, and matches the same leaves.
+        unused = next(counter)
+        return vg.states(tree, vg.path("layers.*.{weight,bias%d,weight}" % unused))
+
+    return {
+        "jtu.tree_leaves": lambda: jtu.tree_leaves(tree),
+        "a new glob": choose_anew,
+        "the same glob": lambda: vg.states(tree, "layers.*.weight"),
+    }

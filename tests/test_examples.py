@@ -1,0 +1,36 @@
+"""The examples run, and say so when they fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name, *args, cwd):
+    # With the warnings of this process left to it: what matplotlib and scikit-learn
+    # deprecate is not the concern of a reader of the example.
+    return subprocess.run(
+        [sys.executable, EXAMPLES / name, *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_digits_reaches_its_accuracy(tmp_path):
+    result = run("digits.py", "--steps", "300", "--seed", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "test accuracy: 9" in result.stdout
+    assert "training: 100%" in result.stderr
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_digits_fails_below_its_accuracy(tmp_path):
+    out = tmp_path / "few.png"
+    result = run("digits.py", "--steps", "4", "--out", str(out), cwd=tmp_path)
+    assert result.returncode == 1
+    assert "The test accuracy is below 96%" in result.stderr
+    assert out.exists()
