@@ -87,8 +87,7 @@ def choosing(num_leaves: int) -> Ways:
 
     def choose_anew():
         # A glob that was not asked before, and matches the same leaves.
-        unused = next(counter)
-        return vg.states(tree, vg.path("layers.*.{weight,bias%d,weight}" % unused))
+        return vg.states(tree, f"layers.*.{{weight,{next(counter)}}}")
 
     return {
         "jtu.tree_leaves": lambda: jtu.tree_leaves(tree),
