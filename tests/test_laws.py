@@ -1,5 +1,8 @@
 """Laws that hold for every function and every tree, and agreement with peers."""
 
+from collections import OrderedDict
+from typing import NamedTuple
+
 import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
@@ -70,6 +73,42 @@ class RandomFunc:
 funcs = st.builds(RandomFunc, seeds)
 scalar_funcs = st.builds(RandomFunc, seeds, st.just(True))
 real_trees = trees([jnp.float32])
+
+
+class Node(eqx.Module):
+    static: int = eqx.field(static=True)
+    child: object
+    missing: object = None
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+nodes = st.recursive(
+    st.just(1.0) | st.none(),
+    lambda children: st.one_of(
+        st.lists(children, max_size=3),
+        st.lists(children, max_size=3).map(tuple),
+        st.dictionaries(names | st.just("") | st.just("a.b"), children, max_size=3),
+        st.dictionaries(st.integers(0, 3), children, max_size=2),
+        st.builds(Node, st.integers(0, 1), children),
+        st.builds(Pair, children, children),
+        st.dictionaries(names, children, max_size=2).map(OrderedDict),
+    ),
+    max_leaves=8,
+)
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(nodes)
+def test_paths_are_those_of_keystr(tree):
+    arrays = jtu.tree_map(jnp.asarray, tree)
+    with_path, _ = jtu.tree_flatten_with_path(arrays)
+    expected = [jtu.keystr(key_path, simple=True, separator=".") for key_path, _ in with_path]
+    hypothesis.assume(expected and len(set(expected)) == len(expected))
+    assert list(vg.states(arrays)) == expected
 
 
 @hypothesis.given(funcs, trees([jnp.float32, jnp.bfloat16, jnp.float16]))
