@@ -359,6 +359,7 @@ def test_func_is_looked_at_once_for_a_structure():
     assert count(transform, TREE, 2.0) == 1
     assert count(transform, TREE, 3.0) == 0
     assert count(transform, TREE, X, flag=True) == 1
+    assert count(transform, TREE, X, flag=False) == 1
     assert count(vector_grad(func, True), TREE, X, flag=True) == 1
 
 

@@ -120,7 +120,7 @@ class GradientTransform(eqx.Module):
         return described and (described, tuple(states.indices), self.has_aux)
 
     def _check_used(self, unused: Sequence[int], states: StatePart) -> None:
-        names = [f"`{states.names[i]}`" for i in unused if i < len(states.diff)]
+        names = [f"`{name}`" for i, name in enumerate(states.names) if i in unused]
         if names:
             raise ValueError(
                 f"`{self.name}(grad_states=...)` must select leaves on which the output of "
