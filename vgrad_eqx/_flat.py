@@ -119,18 +119,20 @@ def _names_below(structure: Any, known: dict[Any, Any]) -> list[Any]:
     if data is None:
         return [None]  # a leaf, whose path ends here
     if structure not in known:
+        node_type, aux = data
         children = structure.children()
+        keys = _keys_of(node_type, aux, len(children))
         known[structure] = [
             f"{key}" if name is None else f"{key}.{name}"
-            for key, child in zip(_keys_of(*data, len(children)), children, strict=True)
+            for key, child in zip(keys, children, strict=True)
             for name in _names_below(child, known)
         ]
     return known[structure]
 
 
-def _keys_of(node_type: type, data: Any, num_children: int) -> Iterable[Any]:
+def _keys_of(node_type: type, aux: Any, num_children: int) -> Iterable[Any]:
     if node_type is dict:
-        return data
+        return aux
     if node_type in (list, tuple, type(None)):
         return range(num_children)
     if issubclass(node_type, eqx.Module):

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._flat import FlatTree, names_without_leaves
-from ._selectors import as_selector, Selector
+from ._selector import as_selector, Selector
 
 
 class Selection(NamedTuple):

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from ._flat import FlatTree, near_misses
 from ._select import select
-from ._selectors import as_selector
+from ._selector import as_selector
 
 
 def states(tree: Any, selector: Any = True) -> dict[str, Array]:
