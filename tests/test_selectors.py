@@ -299,3 +299,12 @@ def test_two_leaves_with_one_path_are_shown():
 def test_filter_spec_of_another_structure():
     with pytest.raises(ValueError, match="A filter spec must have the structure .* Got"):
         vg.states(make_net(), {"encoder": True, "head": False})
+
+
+def test_errors_of_a_predicate_come_through():
+    def predicate(leaf):
+        raise ValueError("mine")
+
+    for selector in (predicate, vg.leaf(predicate)):
+        with pytest.raises(ValueError, match="^mine$"):
+            vg.states(make_net(), selector)

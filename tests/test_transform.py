@@ -151,7 +151,7 @@ WRONG_CALLS = {
         vector_grad(square),
         (3,),
         TypeError,
-        "Got argument 0: 3, in which nothing can be differentiated. Convert integers",
+        "Got argument 0: 3, in which nothing can be differentiated. Convert numbers",
     ),
     "bool": (vector_grad(square), (True,), TypeError, "Got argument 0: True"),
     "int array": (

@@ -5,7 +5,7 @@ import difflib
 import functools as ft
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -78,10 +78,6 @@ class FlatTree:
             f"Two leaves share the dotted path `{twice}`: {' and '.join(both)}. "
             "Gradients are named by that path, so rename one of the keys."
         )
-
-
-def map_leaves(func: Callable[[Any], Any], tree: Any) -> Any:
-    return jtu.tree_map(func, tree, is_leaf=quantity_test())
 
 
 def put(leaves: Sequence[Any], indices: Sequence[int], values: Sequence[Any]) -> list[Any]:

@@ -26,7 +26,7 @@ class ArgPart:
             raise TypeError(
                 f"`{caller}` must name an argument with an inexact array in it, or "
                 f"a float. Got argument {position}: {eqx.tree_pformat(flat.tree)}, in which "
-                "nothing can be differentiated. Convert integers by `jnp.asarray(x, float)`."
+                "nothing can be differentiated. Convert numbers by `jnp.asarray(x, float)`."
             )
         self.diff = [flat.leaves[i] for i in self._indices]
 

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from ._flat import FlatTree, map_leaves, names_without_leaves, near_misses
+from ._flat import FlatTree, names_without_leaves, near_misses
 from ._glob import compile_glob
 
 
@@ -172,8 +172,9 @@ class _Spec(Selector):
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         filter_spec = jtu.tree_unflatten(self.structure, self.entries)
+        parts: list[tuple[Any, Any]] = []
         try:
-            return jtu.tree_leaves(jtu.tree_map(_spread, filter_spec, flat.tree))
+            jtu.tree_map(lambda *part: parts.append(part), filter_spec, flat.tree)
         except ValueError as error:
             raise ValueError(
                 "A filter spec must have the structure of the tree that it selects from, "
@@ -181,15 +182,14 @@ class _Spec(Selector):
                 f"{eqx.tree_pformat(filter_spec)} for the tree "
                 f"{eqx.tree_pformat(flat.tree)}."
             ) from error
+        return [
+            bool(entry(leaf)) if callable(entry) else bool(entry)
+            for entry, subtree in parts
+            for leaf in FlatTree(subtree).leaves
+        ]
 
     def __repr__(self) -> str:
         return eqx.tree_pformat(jtu.tree_unflatten(self.structure, self.entries))
-
-
-def _spread(entry: Any, subtree: Any) -> Any:
-    if callable(entry):
-        return map_leaves(lambda leaf: bool(entry(leaf)), subtree)
-    return map_leaves(lambda _: bool(entry), subtree)
 
 
 def as_selector(selector: Any) -> Selector:
