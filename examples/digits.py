@@ -2,8 +2,7 @@
 
 The 1 797 images of 8 x 8 pixels come with scikit-learn. The output that is differentiated
 is the vector of losses, one for each image: its vector gradient is the gradient of their
-sum. Half-way the first layer is frozen, by a narrower selector, and the learning rate
-starts again from its highest value.
+sum. Half-way the first layer is frozen, by a narrower selector.
 """
 
 import argparse
@@ -80,14 +79,29 @@ def make_step(tx, selector):
     return step
 
 
+def narrow(opt_state, params):
+    """Keeps what the optimizer knows of `params`, and drops what it knows of others."""
+
+    def is_by_path(node):
+        return isinstance(node, dict)
+
+    return jax.tree.map(
+        lambda node: {path: node[path] for path in params} if is_by_path(node) else node,
+        opt_state,
+        is_leaf=is_by_path,
+    )
+
+
 def train(model, data, steps, seed):
     train_images, test_images, train_labels, test_labels = data
     tx = optax.adamw(
-        optax.cosine_decay_schedule(5e-3, steps // 2),
+        optax.cosine_decay_schedule(5e-3, steps),
         weight_decay=1e-2,
         mask=lambda params: {path: path.endswith("weight") for path in params},
     )
-    selectors = [vg.path("**"), ~vg.path("layers.0")]
+    selector = vg.path("**")
+    step = make_step(tx, selector)
+    opt_state = tx.init(vg.states(model, selector))
     rng = np.random.default_rng(seed)
     history = {
         "loss": [],
@@ -96,10 +110,10 @@ def train(model, data, steps, seed):
     }
     with tqdm.trange(steps, desc="training") as progress:
         for i in progress:
-            if i in (0, steps // 2):
-                selector = selectors.pop(0)
+            if i == steps // 2:
+                selector = ~vg.path("layers.0")
                 step = make_step(tx, selector)
-                opt_state = tx.init(vg.states(model, selector))
+                opt_state = narrow(opt_state, vg.states(model, selector))
             batch = rng.choice(len(train_images), BATCH_SIZE, replace=False)
             model, opt_state, loss, norms = step(
                 model, opt_state, train_images[batch], train_labels[batch]
