@@ -31,7 +31,7 @@ LOWEST_ACCURACY = 0.96
 
 def load_data(seed):
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    images = (images / 16).reshape(-1, 1, 8, 8)
     return sklearn.model_selection.train_test_split(
         images, labels, test_size=0.2, random_state=seed, stratify=labels
     )

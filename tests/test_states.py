@@ -133,7 +133,7 @@ WRONG_FOR_BOTH = {
     "list": (
         [jnp.zeros(2)],
         TypeError,
-        r"must be a dict from dotted path .* Got \[f32",
+        r"must be a dict from dotted path .* Got \[f\d\d",
     ),
 }
 
