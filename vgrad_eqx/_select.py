@@ -1,5 +1,6 @@
 """From a selector and a pytree to the leaves that are meant."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,32 +17,47 @@ class Selection(NamedTuple):
     names: tuple[str, ...]
 
 
-# What was chosen in pytrees of one kind. Names and globs cost far more than a look here,
-# and a model keeps its structure from step to step.
-_remembered: dict[Any, Selection] = {}
-_MOST_REMEMBERED = 256
+class _Known(NamedTuple):
+    """What a selector means in pytrees of one structure with leaves of the same types."""
+
+    candidates: list[int]
+    selections: dict[tuple[Any, ...], Selection]
+
+
+# Names and globs cost far more than a look here, and a model keeps its structure from step
+# to step. Only dtypes remain to be compared, and only those of leaves that are meant.
+_known: dict[Any, _Known] = {}
+_MOST_KNOWN = 256
 
 
 def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     """Chooses among the differentiable leaves of `flat`."""
     if not selector.structural:
-        return _choose(flat, selector, caller)
-    key = (selector, flat.treedef, flat.kinds)
+        return _choose(flat, selector, selector.mask(flat), caller)
+    key = (selector, flat.treedef, tuple(map(type, flat.leaves)))
     try:
-        remembered = _remembered.get(key)
+        known = _known.get(key)
     except TypeError:  # a static field that cannot be hashed
-        return _choose(flat, selector, caller)
-    if remembered is None:
-        remembered = _choose(flat, selector, caller)
-        if len(_remembered) >= _MOST_REMEMBERED:
-            _remembered.clear()
-        _remembered[key] = remembered
-    return remembered
+        return _choose(flat, selector, selector.mask(flat), caller)
+    mask = None
+    if known is None:
+        mask = selector.mask(flat)
+        arrays = [hasattr(leaf, "dtype") for leaf in flat.leaves]
+        candidates = [i for i, is_array in enumerate(arrays) if is_array and mask[i]]
+        known = _Known(candidates, {})
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = known
+    dtypes = tuple([flat.leaves[i].dtype for i in known.candidates])
+    selection = known.selections.get(dtypes)
+    if selection is None:
+        mask = selector.mask(flat) if mask is None else mask
+        selection = known.selections[dtypes] = _choose(flat, selector, mask, caller)
+    return selection
 
 
-def _choose(flat: FlatTree, selector: Selector, caller: str) -> Selection:
+def _choose(flat: FlatTree, selector: Selector, mask: Sequence[bool], caller: str) -> Selection:
     flat.check_names()
-    mask = selector.mask(flat)
     indices = tuple([i for i in flat.differentiable if mask[i]])
     if not indices:
         raise ValueError(
