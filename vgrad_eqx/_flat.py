@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import functools as ft
-import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,9 +12,6 @@ import jax.core
 import jax.tree_util as jtu
 
 from ._units import quantity_test
-
-
-_dtype_of = operator.attrgetter("dtype")
 
 
 class FlatTree:
@@ -31,19 +27,9 @@ class FlatTree:
         return jtu.tree_unflatten(self.treedef, leaves)
 
     @ft.cached_property
-    def kinds(self) -> tuple[Any, ...]:
-        """What decides, besides the structure, whether a leaf can be trained."""
-        leaves = self.leaves
-        try:
-            dtypes = tuple(map(_dtype_of, leaves))
-        except AttributeError:
-            dtypes = tuple([getattr(leaf, "dtype", None) for leaf in leaves])
-        return tuple(map(type, leaves)), dtypes
-
-    @ft.cached_property
     def differentiable(self) -> list[int]:
         """The indices of the leaves that can be trained: the inexact arrays."""
-        kinds = list(zip(*self.kinds, strict=True))
+        kinds = [(type(leaf), getattr(leaf, "dtype", None)) for leaf in self.leaves]
         samples = dict(zip(kinds, self.leaves, strict=True))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in samples.values()):
             return [i for i, x in enumerate(self.leaves) if eqx.is_inexact_array(x)]

@@ -1,5 +1,6 @@
 """Globs over dotted paths, turned into regular expressions."""
 
+import functools as ft
 import re
 
 
@@ -7,6 +8,7 @@ _TOKEN = re.compile(r"\*|\[!?[^\]]+\]|.", re.DOTALL)
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
+@ft.lru_cache
 def compile_glob(glob: str) -> re.Pattern[str]:
     """A regular expression for the names that `glob` matches, and all below them."""
     choices = "|".join(_translate(choice, glob) for choice in _expand_braces(glob, glob))

@@ -20,6 +20,7 @@ class Selection(NamedTuple):
 class _Known(NamedTuple):
     """What a selector means in pytrees of one structure with leaves of the same types."""
 
+    mask: Sequence[bool]
     candidates: list[int]
     selections: dict[tuple[Any, ...], Selection]
 
@@ -39,20 +40,18 @@ def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
         known = _known.get(key)
     except TypeError:  # a static field that cannot be hashed
         return _choose(flat, selector, selector.mask(flat), caller)
-    mask = None
     if known is None:
         mask = selector.mask(flat)
         arrays = [hasattr(leaf, "dtype") for leaf in flat.leaves]
         candidates = [i for i, is_array in enumerate(arrays) if is_array and mask[i]]
-        known = _Known(candidates, {})
+        known = _Known(mask, candidates, {})
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = known
     dtypes = tuple([flat.leaves[i].dtype for i in known.candidates])
     selection = known.selections.get(dtypes)
     if selection is None:
-        mask = selector.mask(flat) if mask is None else mask
-        selection = known.selections[dtypes] = _choose(flat, selector, mask, caller)
+        selection = known.selections[dtypes] = _choose(flat, selector, known.mask, caller)
     return selection
 
 

@@ -17,8 +17,8 @@ from ._glob import compile_glob
 class Selector(abc.ABC):
     """Says which leaves of a pytree are meant. Combines with `&`, `|` and `~`."""
 
-    # Whether the answer follows from structure, types and dtypes alone, so that it can
-    # be remembered for the next pytree of that kind.
+    # Whether the mask follows from structure and types alone, so that it can be
+    # remembered for the next pytree of that kind.
     structural: bool = True
 
     @abc.abstractmethod
