@@ -81,16 +81,26 @@ def tracing(num_leaves: int) -> Ways:
 
 
 def choosing(num_leaves: int) -> Ways:
-    """Flattening alone, then the choice: anew each time, and in a tree of a known kind."""
+    """Flattening alone, then the choice: anew, in a model of a known kind, in the same one."""
     tree = Net(num_leaves)
     counter = iter(range(10**9))
 
+    def change():
+        # To the library, other layers make another model. Copying one would take longer.
+        tree.layers[0], tree.layers[1] = tree.layers[1], tree.layers[0]
+
     def choose_anew():
+        change()
         # A glob that was not asked before, and matches the same leaves.
         return vg.states(tree, f"layers.*.{{weight,{next(counter)}}}")
+
+    def choose_again():
+        change()
+        return vg.states(tree, "layers.*.weight")
 
     return {
         "jtu.tree_leaves": lambda: jtu.tree_leaves(tree),
         "a new glob": choose_anew,
-        "the same glob": lambda: vg.states(tree, "layers.*.weight"),
+        "a new model": choose_again,
+        "nothing new": lambda: vg.states(tree, "layers.*.weight"),
     }

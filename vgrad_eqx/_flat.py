@@ -3,25 +3,43 @@
 import dataclasses
 import difflib
 import functools as ft
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax.core
 import jax.tree_util as jtu
 
+from ._memory import Memory
 from ._units import quantity_test
 
 
 class FlatTree:
     """The leaves of a pytree, their dotted paths, and the way back to the pytree."""
 
-    __slots__ = ("__dict__", "leaves", "tree", "treedef")
+    def __init__(self, tree: Any, nodes: list[Any] | None = None):
+        """With `nodes`, puts every node of the pytree into it, the leaves too.
 
-    def __init__(self, tree: Any):
-        self.tree = tree
-        self.leaves, self.treedef = jtu.tree_flatten(tree, is_leaf=quantity_test())
+        `tree` must then be a module, and is held by weak reference.
+        """
+        is_leaf = quantity_test()
+        if nodes is None:
+            self._find_tree = lambda: tree
+        else:
+            self._find_tree = weakref.ref(tree)
+            is_leaf = _watch(nodes, is_leaf)
+        self.leaves, self.treedef = jtu.tree_flatten(tree, is_leaf=is_leaf)
+
+    @property
+    def tree(self) -> Any:
+        return self._find_tree()
+
+    @ft.cached_property
+    def selections(self) -> Memory:
+        """What is already known to be selected by some selector."""
+        return Memory()
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         return jtu.tree_unflatten(self.treedef, leaves)
@@ -64,6 +82,12 @@ class FlatTree:
             f"Two leaves share the dotted path `{twice}`: {' and '.join(both)}. "
             "Gradients are named by that path, so rename one of the keys."
         )
+
+
+def _watch(nodes: list[Any], is_leaf: Any) -> Callable[[Any], Any]:
+    if is_leaf is None:
+        return nodes.append  # returns `None`, so no node is a leaf for it
+    return lambda node: nodes.append(node) or is_leaf(node)
 
 
 def put(leaves: Sequence[Any], indices: Sequence[int], values: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,8 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._flat import FlatTree, is_scalar, put
+from ._flat import is_scalar, put
+from ._flatten import flatten
 from ._home import find_home
 from ._select import select
 
@@ -20,7 +21,7 @@ class ArgPart:
 
     def __init__(self, args: Sequence[Any], position: int, caller: str):
         self._position = position
-        self._flat = flat = FlatTree(args[position])
+        self._flat = flat = flatten(args[position])
         self._indices = [0] if is_scalar(flat.tree) else flat.differentiable
         if not self._indices:
             raise TypeError(
@@ -58,7 +59,7 @@ class StatePart:
                 f"`{caller}` selects leaves of the first positional argument of `func`. "
                 "Got no positional argument."
             )
-        self._flat = flat = FlatTree(args[0] if self._home is None else self._home.tree)
+        self._flat = flat = flatten(args[0] if self._home is None else self._home.tree)
         selectors, self._groups = jtu.tree_flatten(grad_states)
         self._selections = [select(flat, each, caller) for each in selectors]
         chosen = [each.indices for each in self._selections]

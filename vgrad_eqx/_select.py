@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._flat import FlatTree, names_without_leaves
+from ._memory import Memory
 from ._selector import as_selector, Selector
 
 
@@ -27,32 +28,40 @@ class _Known(NamedTuple):
 
 # Names and globs cost far more than a look here, and a model keeps its structure from step
 # to step. Only dtypes remain to be compared, and only those of leaves that are meant.
-_known: dict[Any, _Known] = {}
-_MOST_KNOWN = 256
+_known = Memory()
 
 
 def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     """Chooses among the differentiable leaves of `flat`."""
-    if not selector.structural:
+    if not selector.structural or not _is_hashable((selector, flat.treedef)):
         return _choose(flat, selector, selector.mask(flat), caller)
+    selection = flat.selections.get(selector)
+    if selection is None:
+        selection = flat.selections[selector] = _choose_as_before(flat, selector, caller)
+    return selection
+
+
+def _choose_as_before(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     key = (selector, flat.treedef, tuple(map(type, flat.leaves)))
-    try:
-        known = _known.get(key)
-    except TypeError:  # a static field that cannot be hashed
-        return _choose(flat, selector, selector.mask(flat), caller)
+    known = _known.get(key)
     if known is None:
         mask = selector.mask(flat)
         arrays = [hasattr(leaf, "dtype") for leaf in flat.leaves]
         candidates = [i for i, is_array in enumerate(arrays) if is_array and mask[i]]
-        known = _Known(mask, candidates, {})
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[key] = known
+        known = _known[key] = _Known(mask, candidates, {})
     dtypes = tuple([flat.leaves[i].dtype for i in known.candidates])
     selection = known.selections.get(dtypes)
     if selection is None:
         selection = known.selections[dtypes] = _choose(flat, selector, known.mask, caller)
     return selection
+
+
+def _is_hashable(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:  # a static field without a hash
+        return False
+    return True
 
 
 def _choose(flat: FlatTree, selector: Selector, mask: Sequence[bool], caller: str) -> Selection:

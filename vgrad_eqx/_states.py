@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._flat import FlatTree, near_misses
+from ._flat import near_misses
+from ._flatten import flatten
 from ._select import select
 from ._selector import as_selector
 
@@ -45,7 +46,7 @@ def states(tree: Any, selector: Any = True) -> dict[str, Array]:
         >>> {path: leaf.shape for path, leaf in vg.states(mlp, "**.bias").items()}
         {'layers.0.bias': (8,), 'layers.1.bias': (1,)}
     """
-    flat = FlatTree(tree)
+    flat = flatten(tree)
     indices, names = select(flat, as_selector(selector), "states(selector=...)")
     return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
 
@@ -134,7 +135,7 @@ def _merge(
         )
     if not values:
         return tree
-    flat = FlatTree(tree)
+    flat = flatten(tree)
     indices, names = select(flat, as_selector(True), caller)
     positions = dict(zip(names, indices, strict=True))
     merged = list(flat.leaves)
@@ -209,7 +210,7 @@ def summary(tree: Any, selector: Any = True) -> None:
         w     (2, 3)  bfloat16     6  chosen
         chosen: 6 of 9 parameters, in 1 of 2 arrays
     """
-    flat = FlatTree(tree)
+    flat = flatten(tree)
     chosen = set(select(flat, as_selector(selector), "summary(selector=...)").indices)
     differentiable = set(flat.differentiable)
     rows = [("path", "shape", "dtype", "size", "")]

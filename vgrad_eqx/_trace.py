@@ -45,24 +45,6 @@ def stage(func: Callable[..., Any], args: Sequence[Any]) -> Staged | None:
     return Staged(jaxpr, jtu.tree_structure(shapes))
 
 
-class Seen:
-    """Remembers calls, so that what holds for all of one kind is found out once."""
-
-    def __init__(self, most: int = 256):
-        self._calls: set[Any] = set()
-        self._most = most
-
-    def __contains__(self, call: Any) -> bool:
-        return call is not None and call in self._calls
-
-    def add(self, call: Any) -> None:
-        if call is None:
-            return
-        if len(self._calls) >= self._most:
-            self._calls.clear()
-        self._calls.add(call)
-
-
 def describe_call(func: Callable[..., Any], *rest: Any) -> Any:
     """What is alike in calls of one kind, or `None` if that cannot be hashed."""
     try:

@@ -6,9 +6,10 @@ from typing import Any
 import equinox as eqx
 
 from ._debug import raise_if_not_finite
+from ._memory import Memory
 from ._output import Output, split_output
 from ._parts import ArgPart, find_positions, Part, StatePart
-from ._trace import describe_call, Seen, stage
+from ._trace import describe_call, stage
 
 
 # Takes a function of flat arrays, which returns a tuple to differentiate and a tuple of
@@ -17,7 +18,7 @@ from ._trace import describe_call, Seen, stage
 Rule = Callable[[Callable[..., Any], Sequence[Any]], tuple[Any, Sequence[Any], Any]]
 
 # Calls in which every selected leaf was found to matter, or that cannot be traced.
-_checked = Seen()
+_checked = Memory()
 
 
 class GradientTransform(eqx.Module):
@@ -112,7 +113,8 @@ class GradientTransform(eqx.Module):
         else:
             self._check_used(staged.find_unused(len(call.output.diff_indices)), states)
             results = staged(*call.diff)
-        _checked.add(description)
+        if description is not None:
+            _checked[description] = True
         return results
 
     def _describe(self, call: "_Call", states: StatePart) -> Any:
