@@ -13,6 +13,7 @@ PUBLIC = {name: getattr(vg, name) for name in dir(vg) if not name.startswith("_"
 def test_what_is_public():
     assert set(PUBLIC) == {
         "GradientTransform",
+        "State",
         "apply_updates",
         "at",
         "instance",

@@ -7,6 +7,7 @@ from ._selectors import at as at
 from ._selectors import instance as instance
 from ._selectors import leaf as leaf
 from ._selectors import path as path
+from ._state import State as State
 from ._states import apply_updates as apply_updates
 from ._states import replace_states as replace_states
 from ._states import states as states

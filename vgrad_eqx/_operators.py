@@ -8,10 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from ._call import Rule
 from ._custom_types import MISSING
-from ._parts import parse_argnums
-from ._select import parse_grad_states
-from ._transform import GradientTransform, Rule
+from ._parts import parse_argnums, parse_grad_states
+from ._transform import GradientTransform
 
 
 @overload

@@ -1,16 +1,19 @@
 """The parts of a call that are differentiated: arguments, and leaves of the state tree."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._flat import is_scalar, put
+from ._flat import is_scalar, name_of, put
 from ._flatten import flatten
 from ._home import find_home
-from ._select import select
+from ._select import parse_selectors, select
+from ._state import is_reference, State
 
 
 Func = Callable[..., Any]
@@ -89,11 +92,81 @@ class StatePart:
         )
 
 
-Part = ArgPart | StatePart
+class RefPart:
+    """States by reference, which no argument holds."""
+
+    in_args = False
+
+    def __init__(self, grad_states: Any, caller: str):
+        entries, self._groups = jtu.tree_flatten_with_path(grad_states, is_leaf=is_reference)
+        self._entries = [_Entry(key_path, reference) for key_path, reference in entries]
+        for entry in self._entries:
+            if not any(map(_can_train, entry.leaves)):
+                raise TypeError(
+                    f"`{caller}` must name states with an inexact array in them. Got {entry}, "
+                    "in which nothing can be differentiated."
+                )
+        leaves = [leaf for entry in self._entries for leaf in entry.leaves]
+        self.refs = {id(leaf): leaf for leaf in leaves if _can_train(leaf)}
+        self.diff = [ref[...] for ref in self.refs.values()]
+
+    @property
+    def names(self) -> list[str]:
+        names = {
+            id(leaf): f"{entry.name}.{name_of(key_path)}".strip(".")
+            for entry in self._entries
+            for key_path, leaf in jtu.tree_leaves_with_path(entry.unflatten(entry.leaves))
+        }
+        return [names[key] for key in self.refs]
+
+    def find_untouched(self, touched: Iterable[jax.Ref]) -> list[str]:
+        """The states of which no reference is among these."""
+        ids = set(map(id, touched))
+        return [str(entry) for entry in self._entries if ids.isdisjoint(map(id, entry.leaves))]
+
+    def insert(self, func: Func, args: list[Any], diff: Sequence[Any]) -> Func:
+        return func
+
+    def collect(self, grads: Sequence[Any]) -> Any:
+        """The gradients in the structure of `grad_states`, each in that of its state."""
+        by_id = dict(zip(self.refs, grads, strict=True))
+        collected = [
+            entry.unflatten([by_id.get(id(leaf)) for leaf in entry.leaves])
+            for entry in self._entries
+        ]
+        return jtu.tree_unflatten(self._groups, collected)
+
+
+class _Entry:
+    """A state in its place in `grad_states`."""
+
+    def __init__(self, key_path: jtu.KeyPath, reference: State | jax.Ref):
+        self.leaves, self._structure = jtu.tree_flatten(reference)
+        if isinstance(reference, State):
+            self.leaves, self._structure = reference.leaves, reference.structure
+        described = f"{reference!r}" if isinstance(reference, State) else "a `jax.Ref`"
+        self._described = described
+        self.name = name_of(key_path)
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        return jtu.tree_unflatten(self._structure, leaves)
+
+    def __str__(self) -> str:
+        return f"`{self.name}`, {self._described}" if self.name else self._described
+
+
+def _can_train(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Ref) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+Part = ArgPart | StatePart | RefPart
 
 
 def find_positions(
-    argnums: int | tuple[int, ...], num_args: int, states: StatePart | None, caller: str
+    argnums: int | tuple[int, ...],
+    num_args: int,
+    states: StatePart | RefPart | None,
+    caller: str,
 ) -> list[int]:
     """The arguments that `argnums` names, counted from the start."""
     positions = []
@@ -116,6 +189,25 @@ def find_positions(
             )
         positions.append(position)
     return positions
+
+
+def parse_grad_states(grad_states: Any, caller: str) -> Any:
+    """States by reference or selectors, in the containers that the user gave, or `None`."""
+    leaves = jtu.tree_leaves(grad_states, is_leaf=is_reference)
+    if not any(map(is_reference, leaves)):
+        return parse_selectors(grad_states, caller)
+    others = [leaf for leaf in leaves if not is_reference(leaf)]
+    if others:
+        raise TypeError(
+            f"`{caller}` must be states by reference or selectors, and not both. Got "
+            f"{eqx.tree_pformat(others[0])} among the states. For the states in a module, "
+            "pass `vg.states(module)`."
+        )
+    return jtu.tree_map(lambda reference: reference, grad_states, is_leaf=is_reference)
+
+
+def holds_references(grad_states: Any) -> bool:
+    return any(map(is_reference, jtu.tree_leaves(grad_states)))
 
 
 def parse_argnums(argnums: Any, caller: str) -> int | tuple[int, ...] | None:

@@ -97,7 +97,7 @@ def _shorten(texts: list[str], most: int = 5) -> str:
     return ", ".join(texts[:most] + more)
 
 
-def parse_grad_states(grad_states: Any, caller: str) -> Any:
+def parse_selectors(grad_states: Any, caller: str) -> Any:
     """A selector, the container of selectors that the user gave, or `None`."""
     if grad_states is None:
         return None
@@ -108,7 +108,7 @@ def parse_grad_states(grad_states: Any, caller: str) -> Any:
         )
     if _is_group(grad_states):
         return jtu.tree_map(
-            lambda each: parse_grad_states(each, caller),
+            lambda each: parse_selectors(each, caller),
             grad_states,
             is_leaf=lambda node: node is not grad_states,
         )

@@ -1,4 +1,4 @@
-"""A function traced once: what its output depends on, and the function again."""
+"""A function traced once: what it touches, what its output depends on, and itself again."""
 
 import types
 import weakref
@@ -7,23 +7,43 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.extend as jex
 import jax.tree_util as jtu
 
 # The module is public, though its contents are not documented. The rules for scan, cond
 # and while are JAX's own, and their parameters change from version to version.
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from ._replay import Cell, find_written, replay
 
-class Staged(NamedTuple):
-    """A function that has been traced for arrays of some shapes."""
+
+class Trace(NamedTuple):
+    """What a function did with arrays of some shapes, up to its end or to an error."""
 
     jaxpr: Any
     structure: Any
+    error: Exception | None
 
-    def __call__(self, *args: Any) -> Any:
-        leaves = jex.core.jaxpr_as_fun(self.jaxpr)(*args)
-        return jtu.tree_unflatten(self.structure, leaves)
+    @property
+    def refs(self) -> list[jax.Ref]:
+        """The references that the function touches, without being passed them."""
+        return [const for const in self.jaxpr.consts if isinstance(const, jax.Ref)]
+
+    @property
+    def written(self) -> list[jax.Ref]:
+        written = find_written(self.jaxpr.jaxpr, self.jaxpr.jaxpr.constvars)
+        pairs = zip(self.jaxpr.consts, written, strict=True)
+        return [const for const, is_written in pairs if is_written]
+
+    def call(self, args: Sequence[Any], values: dict[int, Any]) -> tuple[Any, list[Any]]:
+        """Calls the function, with other values in its references, by their `id`.
+
+        Returns its output, and what it leaves in those that it writes.
+        """
+        cells = {key: Cell(value) for key, value in values.items()}
+        consts = [cells.get(id(const), const) for const in self.jaxpr.consts]
+        leaves = replay(self.jaxpr.jaxpr, consts, args)
+        finals = [cells[id(ref)].value for ref in self.written]
+        return jtu.tree_unflatten(self.structure, leaves), finals
 
     def find_unused(self, num_outputs: int) -> list[int]:
         """The arguments on which none of the first `num_outputs` outputs depends."""
@@ -32,17 +52,24 @@ class Staged(NamedTuple):
         return [i for i, is_used in enumerate(used) if not is_used]
 
 
-def stage(func: Callable[..., Any], args: Sequence[Any]) -> Staged | None:
-    """Traces `func`. Returns `None` if that fails.
+def trace(func: Callable[..., Any], args: Sequence[Any]) -> Trace:
+    """Traces `func`, which takes and returns arrays.
 
-    A function that looks at values, say in an `if`, can be differentiated eagerly
+    An error ends it early. A function that looks at values, say in an `if`, can be called
     and yet not be traced.
     """
-    try:
-        jaxpr, shapes = jax.make_jaxpr(func, return_shape=True)(*args)
-    except Exception:  # what is wrong for good will be raised again without tracing
-        return None
-    return Staged(jaxpr, jtu.tree_structure(shapes))
+    error = None
+
+    def run(*args: Any) -> Any:
+        nonlocal error
+        try:
+            return func(*args)
+        except Exception as caught:
+            error = caught
+            return ()
+
+    jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
+    return Trace(jaxpr, jtu.tree_structure(shapes), error)
 
 
 def describe_call(func: Callable[..., Any], *rest: Any) -> Any:

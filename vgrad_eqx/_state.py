@@ -1,0 +1,159 @@
+"""States: named references to values."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+
+class State:
+    """A named reference to a value, which a function may read and set.
+
+    Functions share a state by closing over it. Compiled functions read its current value at
+    each call, and set it. Its shapes, dtypes and structure are fixed for life, because
+    compiled functions rely on them.
+
+    To JAX it is a `jax.Ref` for each array. In the fields of an Equinox module it is a leaf,
+    shared by copies of the module; `copy.deepcopy` and `pickle` make a state of its own.
+
+    **Arguments:**
+
+    - `value`: the first value, any pytree. Its JAX and NumPy arrays may be set to others of
+        the same shape and dtype; all other leaves are fixed. A value that is itself a Python
+        number becomes an array.
+    - `name`: what to call it in errors. Defaults to nothing.
+
+    **Returns:**
+
+    A state. Its `value` is read and set, by reading and setting the attribute. It also has
+    the `name`.
+
+    **Raises:**
+
+    - `TypeError`: if there is no array in `value`.
+    - `ValueError`: on setting a value of another structure, shape or dtype, or
+        a batched one under `jax.vmap`. The state keeps its old value then.
+
+    **Example:**
+
+        >>> import jax, jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> count = vg.State(jnp.array(0), name="count")
+        >>> @jax.jit
+        ... def step():
+        ...     count.value += 1
+        >>> step(), step(), count
+        (None, None, State(i32[], name='count'))
+        >>> int(count.value)
+        2
+
+    **Source:** `brainstate.State`, brainstate 0.5, for the interface; `jax.new_ref`, JAX 0.10,
+    for what it means under transformations.
+    """
+
+    __slots__ = ("__weakref__", "leaves", "name", "structure")
+
+    def __init__(self, value: Any, name: str | None = None):
+        if isinstance(value, bool | int | float | complex):
+            value = np.asarray(value)
+        leaves, self.structure = jtu.tree_flatten(value)
+        if not any(map(_is_array, leaves)):
+            raise TypeError(
+                f"`State(value=...)` must hold an array. Got {eqx.tree_pformat(value)}."
+            )
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"`State(name=...)` must be a string. Got {name!r}.")
+        self.leaves = [_make_ref(leaf) if _is_array(leaf) else leaf for leaf in leaves]
+        self.name = name
+
+    @property
+    def value(self) -> Any:
+        leaves = [leaf[...] if isinstance(leaf, jax.Ref) else leaf for leaf in self.leaves]
+        return jtu.tree_unflatten(self.structure, leaves)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        leaves, structure = jtu.tree_flatten(value)
+        if structure != self.structure or not all(map(_fits, leaves, self.leaves)):
+            raise ValueError(
+                f"The value of {self!r} must keep its structure, shapes and dtypes, "
+                f"{self._describe()}. Got {eqx.tree_pformat(value)}. Make another state for "
+                "it."
+            )
+        for ref, leaf in zip(self.leaves, leaves, strict=True):
+            if isinstance(ref, jax.Ref):
+                write(ref, leaf, repr(self))
+
+    def __repr__(self) -> str:
+        name = "" if self.name is None else f", name={self.name!r}"
+        return f"State({self._describe()}{name})"
+
+    def _describe(self) -> str:
+        shapes = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Ref) else leaf
+            for leaf in self.leaves
+        ]
+        value = jtu.tree_unflatten(self.structure, shapes)
+        return eqx.tree_pformat(value, struct_as_array=True)
+
+    def __reduce__(self) -> Any:
+        return State, (self.value, self.name)
+
+    # Without these, NumPy would make an array of objects of it, and Equinox, when it saves a
+    # module, would leave it out and say nothing.
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"{self!r} is a reference and no array. Take its `value`. To save the states of a "
+            "module, save `{path: state.value for path, state in vg.states(module).items()}`."
+        )
+
+    __jax_array__ = __array__
+
+
+def is_reference(node: Any) -> bool:
+    return isinstance(node, State | jax.Ref)
+
+
+def write(ref: jax.Ref, value: Any, name: str) -> None:
+    """Sets a reference, or says what to do where JAX cannot."""
+    try:
+        ref[...] = value
+    except Exception as error:
+        if type(error) is not Exception:  # JAX has no type for these two errors
+            raise
+        if "vmapped" in str(error):
+            raise ValueError(
+                f"{name} cannot be set to a value that differs along an axis of `jax.vmap`. "
+                "Return the value from the function that is mapped, and set it outside of "
+                "`jax.vmap`."
+            ) from error
+        raise ValueError(
+            f"{name} cannot be set to a value that another transformation differentiates. "
+            "Differentiate by an operator of `vgrad_eqx`, which passes it on, or return it as "
+            "auxiliary data and set it afterwards."
+        ) from error
+
+
+def _is_array(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
+
+
+def _make_ref(leaf: Any) -> jax.Ref:
+    array = jnp.asarray(leaf)
+    return jax.new_ref(
+        jnp.asarray(array, array.dtype) if jax.typeof(array).weak_type else array
+    )
+
+
+def _fits(new: Any, old: Any) -> bool:
+    """Whether a leaf may be set to another one."""
+    if not isinstance(old, jax.Ref):
+        return new is old or (type(new) is type(old) and bool(new == old))
+    if not _is_array(new) and not isinstance(new, bool | int | float | complex):
+        return False
+    # Without x64, a NumPy array of float64 is float32 to JAX, and a number has no dtype.
+    others = [old.dtype] if jax.typeof(new).weak_type else []
+    return jnp.shape(new) == old.shape and jnp.result_type(new, *others) == old.dtype
