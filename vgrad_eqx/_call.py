@@ -9,7 +9,6 @@ import jax
 from ._memory import Memory
 from ._output import Output, split_output
 from ._parts import ArgPart, Part, RefPart, StatePart
-from ._replay import checkpoints_a_reference
 from ._state import write
 from ._trace import describe_call, Trace, trace
 
@@ -115,16 +114,7 @@ class Call:
             (diff_out, arrays), finals = traced.call(diff, values)
             return diff_out, (arrays, finals)
 
-        try:
-            diff_out, grads, (arrays, finals) = rule(replay, self._diff)
-        except Exception as error:
-            if traced.refs and checkpoints_a_reference(traced.jaxpr.jaxpr):
-                raise ValueError(
-                    f"`{self._name}` could not differentiate a state that is read in "
-                    "`jax.checkpoint`, which JAX does not support inside of a loop. Read it "
-                    "before, and pass its value to the function under `jax.checkpoint`."
-                ) from error
-            raise
+        diff_out, grads, (arrays, finals) = rule(replay, self._diff)
         self._finals = list(zip(traced.written, finals, strict=True))
         return diff_out, grads, arrays
 

@@ -1,21 +1,24 @@
 """A jaxpr evaluated again, with the values of references instead of the references.
 
-It is meant to be differentiated: operations that are alike are differentiated only once, and
-JAX is handed a reference only where it has to be.
+It is meant to be differentiated, so operations that are alike are differentiated only once.
 """
 
 import functools as ft
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.core
-from jax.extend.core import DebugInfo, DropVar, Jaxpr, jaxprs_in_params, Literal
-from jax.extend.core.primitives import get_p, jit_p, remat_p, swap_p
-from jax.ref import AbstractRef
+import jax.extend as jex
 
+# Nothing public reads and writes a part of a value as an indexed reference does. JAX 0.10.2
+# cannot differentiate all that it does with a reference of its own, so drop this with 0.10.
+from jax._src.state.discharge import discharge_state  # noqa: TID251
+from jax.extend.core import DebugInfo, DropVar, Jaxpr, jaxprs_in_params, Literal
+from jax.extend.core.primitives import get_p, jit_p, swap_p
+
+from ._inner import find_rule, Inner, Pure, Slots
 from ._memory import Memory
 
 
@@ -43,24 +46,13 @@ def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
 
 
 def find_written(jaxpr_or_eqn: Any, inputs: Sequence[Any]) -> list[bool]:
-    """Which of the first inputs of a jaxpr or an equation are references that it writes."""
+    """Which inputs of a jaxpr or an equation are references that it writes."""
     written = [
-        # JAX 0.10.2 replaced the position of an input by its variable.
-        getattr(effect, "input", getattr(effect, "input_index", None))
+        effect.input
         for effect in jaxpr_or_eqn.effects
         if type(effect).__name__ in ("WriteEffect", "AccumEffect")
     ]
-    return [any(w is var or w is i for w in written) for i, var in enumerate(inputs)]
-
-
-def checkpoints_a_reference(jaxpr: Any) -> bool:
-    """Whether a reference is used in `jax.checkpoint`, at any depth."""
-    return any(
-        any(isinstance(atom.aval, AbstractRef) for atom in eqn.invars)
-        if eqn.primitive is remat_p
-        else any(map(checkpoints_a_reference, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
-    )
+    return [any(var is each for each in written) for var in inputs]
 
 
 def _keep_vars(atoms: Sequence[Any]) -> list[Any]:
@@ -75,7 +67,7 @@ def _read(atom: Any, env: dict[Any, Any]) -> Any:
 def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     """The outputs of an equation, but for those that are thrown away."""
     inputs = [_read(atom, env) for atom in eqn.invars]
-    cells = [value for value in inputs if isinstance(value, Cell)]
+    cells = list({id(value): value for value in inputs if isinstance(value, Cell)}.values())
     if not cells:
         return _make_function(eqn)(*[env[var] for var in _find_distinct(eqn.invars)])
     if eqn.primitive is get_p and len(inputs) == 1:
@@ -83,85 +75,132 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     if eqn.primitive is swap_p and len(inputs) == 2:
         old, cells[0].value = cells[0].value, inputs[1]
         return [old for _ in _keep_vars(eqn.outvars)]
-    if eqn.primitive is remat_p:
-        # JAX fails to differentiate it while there is a reference in it.
-        params = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
-        return _replay_inside(ft.partial(jax.checkpoint, **params), eqn, inputs)
-    if eqn.primitive is jit_p and checkpoints_a_reference(eqn.params["jaxpr"].jaxpr):
-        return _replay_inside(jax.jit, eqn, inputs)
-    return _evaluate_with_references(eqn, env)
-
-
-def _replay_inside(transform: Any, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-    """Evaluates an equation that has a jaxpr, with cells for the references in there too."""
-    inner = eqn.params["jaxpr"]
-    jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", [])
-    is_cell = [isinstance(value, Cell) for value in inputs]
-    is_written = find_written(eqn, eqn.invars)
-
-    def run(values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        args = [Cell(v) if is_cell[i] else v for i, v in enumerate(values)]
-        outputs = replay(jaxpr, consts, args)
-        return outputs, [cell.value for cell in itertools.compress(args, is_written)]
-
-    values = [value.value if isinstance(value, Cell) else value for value in inputs]
-    outputs, finals = transform(run)(values)
-    for cell, final in zip(itertools.compress(inputs, is_written), finals, strict=True):
-        cell.value = final
-    return [
-        output
-        for output, var in zip(outputs, eqn.outvars, strict=True)
-        if not isinstance(var, DropVar)
+    slots = tuple([cells.index(x) if isinstance(x, Cell) else None for x in inputs])
+    flags = find_written(eqn, eqn.invars)
+    written = [
+        slot for slot, flag in zip(slots, flags, strict=True) if flag and slot is not None
     ]
-
-
-def _evaluate_with_references(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
-    """Makes references for the time of one equation, such as a scan or an indexed write."""
-    variables = _find_distinct(eqn.invars)
-    values = [env[var] for var in variables]
-    refs = {id(cell): jax.new_ref(cell.value) for cell in values if isinstance(cell, Cell)}
-    args = [refs.get(id(value), value) for value in values]
-    outputs = jax.core.eval_jaxpr(_isolate(eqn), (), *args)
-    for var, is_written in zip(eqn.invars, find_written(eqn, eqn.invars), strict=True):
-        if is_written:
-            cell = env[var]
-            cell.value = refs[id(cell)][...]
+    written = tuple(dict.fromkeys(written))
+    others = [None if isinstance(value, Cell) else value for value in inputs]
+    function = _make_pure_function(eqn, slots, written)
+    outputs, finals = function([cell.value for cell in cells], others)
+    for slot, final in zip(written, finals, strict=True):
+        cells[slot].value = final
     return outputs
 
 
-# Each occurrence of an operation is traced on its own. Inside of a jitted function, JAX
-# remembers how to differentiate it, which takes most of the time.
-_functions = Memory(4096)
-
-
 def _make_function(eqn: Any) -> Callable[..., Any]:
+    """An equation that has nothing to do with references, of its distinct variables."""
+    function = ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ())
     if eqn.effects or any(True for _ in jaxprs_in_params(eqn.params)):
-        return ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ())
+        return function
     distinct = {var: i for i, var in enumerate(_find_distinct(eqn.invars))}
     inputs = [
         repr(atom.val) if isinstance(atom, Literal) else distinct[atom] for atom in eqn.invars
     ]
-    key = (
-        eqn.primitive,
-        tuple(eqn.params.items()),
-        tuple(inputs),
-        tuple([atom.aval for atom in eqn.invars]),
-        tuple([isinstance(var, DropVar) for var in eqn.outvars]),
-        eqn.ctx,
-        eqn.source_info.name_stack,
+    avals = [atom.aval for atom in eqn.invars]
+    return _remember(eqn, (*inputs, *avals), lambda: jax.jit(function, inline=True))
+
+
+def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
+    """An equation on references, of their values. It leaves out what is thrown away."""
+    rule = find_rule(eqn, slots)
+    if rule is not None:
+        inner = Inner(eqn.params, slots, written, _purify)
+        more = (slots, written)
+        return _remember(eqn, more, lambda: _jit_rule(eqn, rule, inner), _loops)
+    if any(True for _ in jaxprs_in_params(eqn.params)):
+        return _use_references(eqn, slots, written)
+    return _discharge(eqn, slots, written)
+
+
+def _use_references(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
+    """An equation that is given references, made for the time that it takes."""
+    jaxpr, places = _isolate(eqn), _find_places(eqn)
+
+    def run(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        refs = [jax.new_ref(state) for state in states]
+        filled = _fill(slots, refs, inputs)
+        outputs = jax.core.eval_jaxpr(jaxpr, (), *[filled[i] for i in places])
+        return outputs, [refs[slot][...] for slot in written]
+
+    return run
+
+
+def _discharge(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
+    """An indexed read or write, as the slice or the update that it is."""
+    jaxpr, places = _isolate(eqn), _find_places(eqn)
+    order = [slots[i] for i in places if slots[i] is not None]
+    core: Any = jex.core  # to a type checker, 0.12 has only one of the two classes of 0.10
+    pure = discharge_state(
+        core.ClosedJaxpr(jaxpr, []),
+        should_discharge=[slots[i] is not None for i in places],
+        lower=False,
     )
+
+    def run(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        filled = _fill(slots, states, inputs)
+        results = jax.core.eval_jaxpr(pure.jaxpr, pure.consts, *[filled[i] for i in places])
+        outputs, finals = results[: len(jaxpr.outvars)], results[len(jaxpr.outvars) :]
+        by_slot = dict(zip(order, finals, strict=True))
+        return outputs, [by_slot[slot] for slot in written]
+
+    return run
+
+
+def _jit_rule(eqn: Any, rule: Any, inner: Inner) -> Pure:
+    def run(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        outputs, finals = rule(inner, states, inputs)
+        pairs = zip(outputs, eqn.outvars, strict=True)
+        return [output for output, var in pairs if not isinstance(var, DropVar)], finals
+
+    if eqn.primitive is not jit_p:
+        return jax.jit(run, inline=True)
+    run.__name__ = eqn.params["name"]
+    return jax.jit(run, inline=eqn.params["inline"])
+
+
+def _purify(jaxpr: Any, slots: Slots, written: Sequence[int]) -> Pure:
+    """A jaxpr, as a function of values instead of references."""
+    # It is closed or open, depending on the primitive it comes from.
+    inner, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+    def run(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        cells = [Cell(state) for state in states]
+        outputs = replay(inner, consts, _fill(slots, cells, inputs))
+        return outputs, [cells[slot].value for slot in written]
+
+    return run
+
+
+def _fill(slots: Slots, states: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    pairs = zip(slots, inputs, strict=True)
+    return [value if slot is None else states[slot] for slot, value in pairs]
+
+
+# Each occurrence of an operation is traced on its own. Inside of a jitted function, JAX
+# remembers how to differentiate it, which takes most of the time, and what it compiled.
+_functions = Memory(4096)
+# Those that have jaxprs in them keep a program each, and are seldom the same ones again.
+_loops = Memory(64)
+
+
+def _remember(eqn: Any, more: Any, make: Callable[[], Any], memory: Memory = _functions) -> Any:
+    """Makes a function once for equations that are alike."""
+    dropped = tuple([isinstance(var, DropVar) for var in eqn.outvars])
+    context = (eqn.ctx, eqn.source_info.name_stack)
+    key = (eqn.primitive, tuple(eqn.params.items()), more, dropped, context)
     try:
-        function = _functions.get(key)
+        function = memory.get(key)
     except TypeError:  # a parameter without a hash
-        return ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ())
+        return make()
     if function is None:
-        function = ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ())
-        function = _functions[key] = jax.jit(function, inline=True)
+        function = memory[key] = make()
     return function
 
 
 def _isolate(eqn: Any) -> Any:
-    """A jaxpr that consists of one equation."""
+    """A jaxpr that consists of one equation, of its distinct variables."""
     debug_info = DebugInfo("replay", eqn.primitive.name, None, None)
     variables, outvars = _find_distinct(eqn.invars), _keep_vars(eqn.outvars)
     return Jaxpr([], variables, outvars, [eqn], eqn.effects, debug_info)
@@ -169,3 +208,9 @@ def _isolate(eqn: Any) -> Any:
 
 def _find_distinct(atoms: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(_keep_vars(atoms)))
+
+
+def _find_places(eqn: Any) -> list[int]:
+    """Where the distinct variables are among the inputs."""
+    places = {atom: i for i, atom in enumerate(eqn.invars) if not isinstance(atom, Literal)}
+    return [places[var] for var in _find_distinct(eqn.invars)]
