@@ -13,6 +13,7 @@ import jax.core
 import jax.tree_util as jtu
 
 from ._memory import Memory
+from ._state import State
 from ._units import quantity_test
 
 
@@ -55,6 +56,13 @@ class FlatTree:
         return [i for i, kind in enumerate(kinds) if kind in inexact]
 
     @ft.cached_property
+    def references(self) -> list[int]:
+        """The indices of the states by reference."""
+        if not any(issubclass(leaf_type, State) for leaf_type in set(map(type, self.leaves))):
+            return []
+        return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, State)]
+
+    @ft.cached_property
     def key_paths(self) -> list[jtu.KeyPath]:
         with_path, _ = jtu.tree_flatten_with_path(self.tree, is_leaf=quantity_test())
         return [key_path for key_path, _ in with_path]
@@ -68,14 +76,15 @@ class FlatTree:
         return names
 
     def check_names(self) -> None:
-        """Refuses two differentiable leaves with one dotted path."""
-        names = [self.names[i] for i in self.differentiable]
+        """Refuses two leaves with one dotted path, among those that can be chosen."""
+        indices = [*self.differentiable, *self.references]
+        names = [self.names[i] for i in indices]
         if len(set(names)) == len(names):
             return
         twice, _ = Counter(names).most_common(1)[0]
         both = [
             f"`{jtu.keystr(self.key_paths[i])}`"
-            for i in self.differentiable
+            for i in sorted(indices)
             if self.names[i] == twice
         ]
         raise ValueError(

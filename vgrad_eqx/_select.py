@@ -41,6 +41,26 @@ def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     return selection
 
 
+def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
+    """Chooses among the differentiable leaves of `flat`, or else its states by reference."""
+    if not flat.references:
+        return select(flat, selector, caller)
+    flat.check_names()
+    mask = selector.mask(flat)
+    chosen = tuple([i for i in flat.references if mask[i]])
+    if not chosen:
+        return select(flat, selector, caller)
+    arrays = [flat.names[i] for i in flat.differentiable if mask[i]]
+    if arrays:
+        raise ValueError(
+            f"`{caller}` must select arrays or states by reference, and not both. Got "
+            f"{selector!r}, which selects the array `{arrays[0]}` and the state "
+            f"`{flat.names[chosen[0]]}`. Select states by `vg.instance(vg.State)`, and arrays "
+            "by `~vg.instance(vg.State)`."
+        )
+    return Selection(chosen, tuple([flat.names[i] for i in chosen]))
+
+
 def _choose_as_before(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     key = (selector, flat.treedef, tuple(map(type, flat.leaves)))
     known = _known.get(key)
@@ -71,7 +91,7 @@ def _choose(flat: FlatTree, selector: Selector, mask: Sequence[bool], caller: st
         raise ValueError(
             f"`{caller}` must select inexact arrays. Got {selector!r}, which selects "
             f"{_describe_chosen(flat, mask)} of the `{type(flat.tree).__name__}`. "
-            f"{_describe_choice(flat)}"
+            f"{_describe_choice(flat)}{_describe_references(flat, mask)}"
         )
     return Selection(indices, tuple([flat.names[i] for i in indices]))
 
@@ -90,6 +110,12 @@ def _describe_choice(flat: FlatTree) -> str:
     empty = [f"`{name}`" for name in names_without_leaves(flat.tree)]
     choice = f"Its inexact arrays are {_shorten(names)}." if names else "It has none."
     return f"{choice} There is nothing at {_shorten(empty)}." if empty else choice
+
+
+def _describe_references(flat: FlatTree, mask: Any) -> str:
+    if not any(mask[i] for i in flat.references):
+        return ""
+    return " To differentiate by states, pass them, as `vg.states(...)` gives them."
 
 
 def _shorten(texts: list[str], most: int = 5) -> str:

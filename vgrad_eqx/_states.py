@@ -1,23 +1,29 @@
 """The chosen leaves of a pytree as a flat dict, and back."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._flat import near_misses
+from ._flat import FlatTree, name_of, near_misses
 from ._flatten import flatten
-from ._select import select
+from ._select import select, select_any
 from ._selector import as_selector
+from ._state import State
 
 
-def states(tree: Any, selector: Any = True) -> dict[str, Array]:
+def states(tree: Any, selector: Any = True) -> dict[str, Any]:
     """The leaves of a pytree that a selector chooses, by their dotted path.
+
+    They are inexact arrays, or else states by reference, [`vgrad_eqx.State`][]: what
+    `grad_states` takes.
 
     **Arguments:**
 
@@ -30,13 +36,13 @@ def states(tree: Any, selector: Any = True) -> dict[str, Array]:
 
     A flat dict `{path: leaf}` in leaf order, of inexact arrays. Integers, PRNG keys,
     functions and Python numbers are never in it. Any optax transformation takes it as
-    its parameters.
+    its parameters. Where the selector chooses states by reference, `{path: State}`.
 
     **Raises:**
 
     - `TypeError`: if `selector` is none of these.
-    - `ValueError`: if `selector` chooses no inexact array, or if two inexact arrays
-        have one dotted path.
+    - `ValueError`: if `selector` chooses no inexact array and no state, or both, or if two of
+        them have one dotted path.
 
     **Example:**
 
@@ -47,7 +53,7 @@ def states(tree: Any, selector: Any = True) -> dict[str, Array]:
         {'layers.0.bias': (8,), 'layers.1.bias': (1,)}
     """
     flat = flatten(tree)
-    indices, names = select(flat, as_selector(selector), "states(selector=...)")
+    indices, names = select_any(flat, as_selector(selector), "states(selector=...)")
     return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
 
 
@@ -136,6 +142,12 @@ def _merge(
     if not values:
         return tree
     flat = flatten(tree)
+    by_reference = [flat.names[i] for i in flat.references if flat.names[i] in values]
+    if by_reference:
+        raise ValueError(
+            f"`{caller}` must name inexact arrays of the `{type(tree).__name__}`. Got "
+            f"`{by_reference[0]}`, a state by reference. Set its `value` instead."
+        )
     indices, names = select(flat, as_selector(True), caller)
     positions = dict(zip(names, indices, strict=True))
     merged = list(flat.leaves)
@@ -211,30 +223,44 @@ def summary(tree: Any, selector: Any = True) -> None:
         chosen: 6 of 9 parameters, in 1 of 2 arrays
     """
     flat = flatten(tree)
-    chosen = set(select(flat, as_selector(selector), "summary(selector=...)").indices)
-    differentiable = set(flat.differentiable)
-    rows = [("path", "shape", "dtype", "size", "")]
-    for i, leaf in enumerate(flat.leaves):
-        if eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic):
-            fate = "chosen" if i in chosen else "frozen"
-            rows.append(
-                (
-                    flat.names[i],
-                    str(leaf.shape),
-                    str(leaf.dtype),
-                    f"{math.prod(leaf.shape):,}",
-                    fate if i in differentiable else "not differentiable",
-                )
-            )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, shape, dtype, size, fate in rows:
+    caller = "summary(selector=...)"
+    chosen = set(select_any(flat, as_selector(selector), caller).indices)
+    rows = [row for i in range(len(flat.leaves)) for row in _describe_leaf(flat, i, chosen)]
+    cells = [
+        ("path", "shape", "dtype", "size", ""),
+        *[
+            (name, str(shape), dtype, f"{size:,}", fate)
+            for name, shape, dtype, size, fate in rows
+        ],
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for name, shape, dtype, size, fate in cells:
         line = (
             f"{name:{widths[0]}}  {shape:{widths[1]}}  {dtype:{widths[2]}}  "
             f"{size:>{widths[3]}}  {fate}"
         )
         print(line.rstrip())
-    sizes = {i: math.prod(flat.leaves[i].shape) for i in differentiable}
+    sizes = {fate: [row[3] for row in rows if row[4] == fate] for fate in ("chosen", "frozen")}
+    chosen_sizes, all_sizes = sizes["chosen"], sizes["chosen"] + sizes["frozen"]
     print(
-        f"chosen: {sum(sizes[i] for i in chosen):,} of {sum(sizes.values()):,} parameters, "
-        f"in {len(chosen):,} of {len(sizes):,} arrays"
+        f"chosen: {sum(chosen_sizes):,} of {sum(all_sizes):,} parameters, "
+        f"in {len(chosen_sizes):,} of {len(all_sizes):,} arrays"
     )
+
+
+def _describe_leaf(
+    flat: FlatTree, index: int, chosen: Container[int]
+) -> Iterator[tuple[str, Any, str, int, str]]:
+    """Path, shape, dtype, size and fate of each array in a leaf: a state may hold several."""
+    leaf, name = flat.leaves[index], flat.names[index]
+    arrays = {name: leaf}
+    if isinstance(leaf, State):
+        inner = jtu.tree_leaves_with_path(jtu.tree_unflatten(leaf.structure, leaf.leaves))
+        arrays = {f"{name}.{name_of(key_path)}".strip("."): ref for key_path, ref in inner}
+    for path, array in arrays.items():
+        if isinstance(array, jax.Array | jax.Ref | np.ndarray | np.generic):
+            fate = "chosen" if index in chosen else "frozen"
+            if not jnp.issubdtype(array.dtype, jnp.inexact):
+                fate = "not differentiable"
+            size = math.prod(array.shape)
+            yield path, array.shape, str(array.dtype), size, fate
