@@ -85,7 +85,8 @@ class State:
             )
         for ref, leaf in zip(self.leaves, leaves, strict=True):
             if isinstance(ref, jax.Ref):
-                write(ref, leaf, repr(self))
+                array = leaf if eqx.is_array(leaf) else jnp.asarray(leaf, ref.dtype)
+                write(ref, array, repr(self))
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f", name={self.name!r}"
