@@ -9,7 +9,7 @@ import jax
 from ._memory import Memory
 from ._output import Output, split_output
 from ._parts import ArgPart, Part, RefPart, StatePart
-from ._state import write
+from ._state import read, write
 from ._trace import describe_call, Trace, trace
 
 
@@ -63,8 +63,7 @@ class Call:
         description = self._describe(checked)
         if description is not None and description in _known:
             return rule(self._run, self._diff)
-        # `func` is called only once, and JAX differentiates what was traced. Under a jit of
-        # the user it takes a third longer than to trace the gradient without checks.
+        # `func` is called only once: what was traced is replayed, and JAX differentiates that.
         traced = trace(self._run, self._diff)
         by_reference = isinstance(self._states, RefPart) or bool(traced.refs)
         if traced.error is not None and by_reference:
@@ -73,10 +72,12 @@ class Call:
             self._check(traced)
         if description is not None and not by_reference:
             _known[description] = True
-        if traced.error is None:
-            return self._differentiate_traced(rule, traced)
-        del traced  # its error holds tracers
-        return rule(self._run, self._diff)
+        if traced.error is not None:
+            del traced  # its error holds tracers
+            return rule(self._run, self._diff)
+        diff_out, grads, (arrays, finals) = rule(self._make_replay(traced), self._diff)
+        self._finals = list(zip(traced.written, finals, strict=True))
+        return diff_out, grads, arrays
 
     def write_states(self) -> None:
         """Gives the states by reference the values that `func` has left in them."""
@@ -105,18 +106,17 @@ class Call:
             yield part, values[start:stop]
             start = stop
 
-    def _differentiate_traced(self, rule: Rule, traced: Trace) -> tuple[Any, Any, Any]:
+    def _make_replay(self, traced: Trace) -> Callable[..., Any]:
+        """The function again, which returns what it leaves in states as well."""
         trained = self._states.refs if isinstance(self._states, RefPart) else {}
-        others = {id(ref): ref[...] for ref in traced.refs if id(ref) not in trained}
+        others = {id(ref): read(ref) for ref in traced.refs if id(ref) not in trained}
 
-        def replay(*diff: Any) -> tuple[Any, Any]:
+        def replay(*diff: Any) -> tuple[Any, tuple[Any, list[Any]]]:
             values = {**others, **dict(zip(trained, diff, strict=False))}
             (diff_out, arrays), finals = traced.call(diff, values)
             return diff_out, (arrays, finals)
 
-        diff_out, grads, (arrays, finals) = rule(replay, self._diff)
-        self._finals = list(zip(traced.written, finals, strict=True))
-        return diff_out, grads, arrays
+        return replay
 
     def _describe(self, checked: bool) -> Any:
         if isinstance(self._states, RefPart):
@@ -136,6 +136,8 @@ class Call:
                     "`check_states=False` to get zeros."
                 )
         elif self._states is not None:
+            if traced.written:  # what only reaches a state does not reach the output
+                traced = trace(self._make_replay(traced), self._diff)
             unused = traced.find_unused(len(self.output.diff_indices))
             names = [f"`{name}`" for i, name in enumerate(self._states.names) if i in unused]
             if names:

@@ -13,7 +13,7 @@ from ._flat import is_scalar, name_of, put
 from ._flatten import flatten
 from ._home import find_home
 from ._select import parse_selectors, select
-from ._state import is_reference, State
+from ._state import is_reference, read, State
 
 
 Func = Callable[..., Any]
@@ -108,7 +108,7 @@ class RefPart:
                 )
         leaves = [leaf for entry in self._entries for leaf in entry.leaves]
         self.refs = {id(leaf): leaf for leaf in leaves if _can_train(leaf)}
-        self.diff = [ref[...] for ref in self.refs.values()]
+        self.diff = [read(ref) for ref in self.refs.values()]
 
     @property
     def names(self) -> list[str]:

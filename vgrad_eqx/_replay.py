@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend as jex
+import jax.tree_util as jtu
 
 # Nothing public reads and writes a part of a value as an indexed reference does. JAX 0.10.2
 # cannot differentiate all that it does with a reference of its own, so drop this with 0.10.
@@ -20,6 +21,9 @@ from jax.extend.core.primitives import get_p, jit_p, swap_p
 
 from ._inner import find_rule, Inner, Pure, Slots
 from ._memory import Memory
+
+
+_NO_INDEX = jtu.tree_structure(())
 
 
 class Cell:
@@ -70,10 +74,10 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     cells = list({id(value): value for value in inputs if isinstance(value, Cell)}.values())
     if not cells:
         return _make_function(eqn)(*[env[var] for var in _find_distinct(eqn.invars)])
-    if eqn.primitive is get_p and len(inputs) == 1:
-        return [cells[0].value]
-    if eqn.primitive is swap_p and len(inputs) == 2:
-        old, cells[0].value = cells[0].value, inputs[1]
+    if eqn.primitive in (get_p, swap_p) and eqn.params["tree"] == _NO_INDEX:
+        old = cells[0].value
+        if eqn.primitive is swap_p:
+            cells[0].value = inputs[1]
         return [old for _ in _keep_vars(eqn.outvars)]
     slots = tuple([cells.index(x) if isinstance(x, Cell) else None for x in inputs])
     flags = find_written(eqn, eqn.invars)

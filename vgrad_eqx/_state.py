@@ -1,5 +1,6 @@
 """States: named references to values."""
 
+import threading
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +16,9 @@ class State:
     Functions share a state by closing over it. Compiled functions read its current value at
     each call, and set it. Its shapes, dtypes and structure are fixed for life, because
     compiled functions rely on them.
+
+    Threads may read it, and differentiate by it, at once. But JAX does not let two threads run
+    compiled functions at once that use the same state.
 
     To JAX it is a `jax.Ref` for each array. In the fields of an Equinox module it is a leaf,
     shared by copies of the module; `copy.deepcopy` and `pickle` make a state of its own.
@@ -71,7 +75,7 @@ class State:
 
     @property
     def value(self) -> Any:
-        leaves = [leaf[...] if isinstance(leaf, jax.Ref) else leaf for leaf in self.leaves]
+        leaves = [read(leaf) if isinstance(leaf, jax.Ref) else leaf for leaf in self.leaves]
         return jtu.tree_unflatten(self.structure, leaves)
 
     @value.setter
@@ -118,10 +122,20 @@ def is_reference(node: Any) -> bool:
     return isinstance(node, State | jax.Ref)
 
 
+# JAX takes the buffer of a reference away while it reads it.
+_lock = threading.RLock()
+
+
+def read(ref: jax.Ref) -> jax.Array:
+    with _lock:
+        return ref[...]
+
+
 def write(ref: jax.Ref, value: Any, name: str) -> None:
     """Sets a reference, or says what to do where JAX cannot."""
     try:
-        ref[...] = value
+        with _lock:
+            ref[...] = value
     except Exception as error:
         if type(error) is not Exception:  # JAX has no type for these two errors
             raise
