@@ -2,6 +2,7 @@
 
 import re
 import threading
+from typing import Any
 
 import equinox as eqx
 import hypothesis
@@ -450,19 +451,19 @@ UNROLLED = {
     ),
     "loop": (
         lambda rnn, xs: [rnn.step(x) for x in xs],
-        lambda params, h, xs: loop_by_hand(params, h, xs),
+        lambda params, h, xs: loop_by_hand(step_by_hand, params, h, xs),
     ),
     "jitted step": (
         lambda rnn, xs: [jax.jit(rnn.step)(x) for x in xs],
-        lambda params, h, xs: loop_by_hand(params, h, xs),
+        lambda params, h, xs: loop_by_hand(jax.jit(step_by_hand), params, h, xs),
     ),
 }
 
 
-def loop_by_hand(params, hidden, xs):
+def loop_by_hand(step, params, hidden, xs):
     outs = []
     for x in xs:
-        hidden, out = step_by_hand(params, hidden, x)
+        hidden, out = step(params, hidden, x)
         outs.append(out)
     return hidden, outs
 
@@ -762,11 +763,12 @@ def test_optax_takes_the_gradients_and_the_loss_falls():
         return (lax.scan(lambda _, x: (None, rnn.step(x)), None, xs)[1] - 0.5) ** 2
 
     @jax.jit
-    def step(opt_state):
+    def step(opt_state: Any) -> Any:
         grads, losses = vector_grad(errors, states, return_value=True)(xs)
+        updates: Any
         updates, opt_state = tx.update(grads, opt_state)
-        for path, update in updates.items():
-            states[path].value += update
+        for path, state in states.items():
+            state.value += updates[path]
         return opt_state, losses.mean()
 
     losses = []

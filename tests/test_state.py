@@ -73,8 +73,7 @@ def test_numbers_can_be_set_where_the_dtype_stays():
     state = vg.State(jnp.zeros((), jnp.bfloat16))
     for number in (1.5, 2):
         state.value = number
-        assert state.value == number
-        assert state.value.dtype == jnp.bfloat16
+        assert tree_allclose(state.value, jnp.asarray(number, jnp.bfloat16))
 
 
 def test_numpy_arrays_can_be_set():
@@ -123,8 +122,8 @@ def test_another_unit_is_refused():
     import brainunit as u
 
     state = vg.State(jnp.ones(2) * u.ms)
-    state.value = 3 * jnp.ones(2) * u.ms
-    assert state.value.to_decimal(u.ms).tolist() == [3.0, 3.0]
+    state.value = state.value * 3
+    assert u.get_mantissa(state.value).tolist() == [3.0, 3.0]
     with pytest.raises(ValueError, match="ms.* Got .*mV"):
         state.value = jnp.ones(2) * u.mV
 
