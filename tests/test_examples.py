@@ -34,3 +34,17 @@ def test_digits_fails_below_its_accuracy(tmp_path):
     assert result.returncode == 1
     assert "The test accuracy is below 96%" in result.stderr
     assert out.exists()
+
+
+def test_rnn_state_foresees_better_than_no_change(tmp_path):
+    result = run("rnn_state.py", "--seed", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "relative to a forecast of no change: 0." in result.stdout
+    assert "training: 100%" in result.stderr
+    assert (tmp_path / "rnn_state.png").stat().st_size > 10_000
+
+
+def test_rnn_state_fails_above_its_error(tmp_path):
+    result = run("rnn_state.py", "--epochs", "1", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "The relative error is above 0.5" in result.stderr
