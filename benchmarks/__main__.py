@@ -7,18 +7,25 @@ from importlib.metadata import version
 import jax
 import tqdm
 
-from .cases import choosing, eager, tracing
+from .cases import choosing, eager, states_compiled, states_eager, states_tracing, tracing
 from .interleave import interleave
 
 
 # The case, the sizes of the tree, and the rounds of each: 7 at least.
-CASES = [(eager, [8, 100], 31), (tracing, [8, 100, 1000], 11), (choosing, [10_000], 31)]
+CASES = [
+    (eager, [8, 100], 31),
+    (tracing, [8, 100, 1000], 11),
+    (choosing, [10_000], 31),
+    (states_eager, [8, 100], 31),
+    (states_tracing, [8, 100, 1000], 11),
+    (states_compiled, [100, 1000], 31),
+]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "equinox"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "equinox", "brainstate"))
     print(f"{jax.devices()[0]}, Python {platform.python_version()}, {versions}")
     print("Ratios to the first way of each case: median [quartiles].")
     runs = [(case, size, rounds) for case, sizes, rounds in CASES for size in sizes]

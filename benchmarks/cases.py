@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import brainstate
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,58 @@ def tracing(num_leaves: int) -> Ways:
         jax.make_jaxpr(gradient)(arrays, xs)
 
     return {name: lambda name=name: trace(name) for name in funcs}
+
+
+def apply_pairs(read, num_leaves, x):
+    for i in range(0, num_leaves, 2):
+        x = jnp.tanh(read(i) @ x + read(i + 1))
+    return x
+
+
+def gradients_of_references(num_leaves: int) -> dict[str, Callable]:
+    """The same function over a tuple of arrays, over our states, and over those of a peer."""
+    params = tuple(jnp.full((8, 8) if i % 2 == 0 else (8, 1), 0.1) for i in range(num_leaves))
+    ours = [vg.State(param) for param in params]
+    theirs = [brainstate.ParamState(param) for param in params]
+
+    def over(states):
+        return lambda x: apply_pairs(lambda i: states[i].value, num_leaves, x)
+
+    def by_hand(x):
+        func = lambda params: apply_pairs(params.__getitem__, num_leaves, x)
+        value, pull_back = jax.vjp(func, params)
+        return pull_back(jnp.ones_like(value))
+
+    return {
+        "by hand": by_hand,
+        "vg.State": vg.vector_grad(over(ours), ours),
+        "brainstate": brainstate.transform.vector_grad(over(theirs), theirs),
+    }
+
+
+def states_eager(num_leaves: int) -> Ways:
+    x = jnp.ones((8, 1))
+    funcs = gradients_of_references(num_leaves)
+    return {name: lambda func=func: func(x) for name, func in funcs.items()}
+
+
+def states_tracing(num_leaves: int) -> Ways:
+    funcs = gradients_of_references(num_leaves)
+    widths = iter(range(1, 10**9))
+
+    def trace(func):
+        # A width that was not traced before.
+        jax.make_jaxpr(lambda x: func(x))(jax.ShapeDtypeStruct((8, next(widths)), jnp.float32))
+
+    return {name: lambda func=func: trace(func) for name, func in funcs.items()}
+
+
+def states_compiled(num_leaves: int) -> Ways:
+    """With arithmetic that takes longer than the call."""
+    x = jnp.ones((8, 4096))
+    funcs = gradients_of_references(num_leaves)
+    compiled = {name: jax.jit(lambda x, func=func: func(x)) for name, func in funcs.items()}
+    return {name: lambda func=compiled[name]: func(x) for name in ("by hand", "vg.State")}
 
 
 def choosing(num_leaves: int) -> Ways:

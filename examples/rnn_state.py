@@ -108,7 +108,7 @@ def plot(out, means, series, foreseen, start):
         ylabel="membrane potential (scaled)",
         title=f"Not seen in training: the forecast, made {HORIZON} samples before",
     )
-    bottom.legend(loc="upper right")
+    bottom.legend(loc="lower right")
     figure.savefig(out)
     plt.close(figure)
 

@@ -185,6 +185,18 @@ def test_a_batched_value_is_refused_and_the_way_out_is_said():
     assert state.value == 3.0
 
 
+def test_a_value_that_is_batched_in_part_changes_nothing():
+    state = vg.State({"a": jnp.zeros(2), "b": jnp.zeros(())})
+
+    def put(x):
+        state.value = {"a": jnp.ones(2), "b": x}
+        return x
+
+    with pytest.raises(ValueError, match="differs along an axis of `jax.vmap`"):
+        jax.vmap(put)(jnp.arange(3.0))
+    assert tree_allclose(state.value, {"a": jnp.zeros(2), "b": jnp.zeros(())})
+
+
 def test_a_value_that_jax_differentiates_is_refused_and_the_way_out_is_said():
     state = vg.State(jnp.zeros(()))
 

@@ -73,7 +73,8 @@ def vector_grad(
         [`vgrad_eqx.path`][], [`vgrad_eqx.instance`][], [`vgrad_eqx.at`][] and
         [`vgrad_eqx.leaf`][], or an Equinox filter spec (`True`, a predicate, or a
         pytree of them). Or several: a list, tuple or dict with a path or one of
-        those four in it. Defaults to none.
+        those four in it. Or else states by reference, which `func` closes over: a
+        [`vgrad_eqx.State`][] or `jax.Ref`, or a pytree of them. Defaults to none.
     - `argnums`: which positional arguments are differentiated: an int, or a sequence of
         ints. Negative ones count from the end. Defaults to 0 without `grad_states`, and
         with it to none. Keyword arguments are never differentiated.
@@ -83,8 +84,9 @@ def vector_grad(
     - `unit_aware`: whether a gradient carries the unit of `y` over that of `θ`. Arrays
         have no unit, so for them it makes no difference.
     - `check_states`: whether to refuse selected leaves on which the output of `func` does
-        not depend. `func` is looked at once for each structure of its arguments, and not
-        at all where it cannot be traced. If `False`, the gradient of such a leaf is zero.
+        not depend, and states by reference that it does not touch. Leaves are checked once
+        for each structure of the arguments, and not at all where `func` cannot be traced.
+        If `False`, the gradient of such a leaf or state is zero.
     - `debug_nan`: whether to raise if a gradient holds a NaN or an infinity. Under
         `jax.jit` this costs a callback.
 
@@ -102,24 +104,28 @@ def vector_grad(
 
     - `var_grads` is a flat dict `{path: gradient}` in leaf order, which optax takes as it
         is; for several selectors, the structure of `grad_states` with such a dict in
-        the place of each.
+        the place of each. For states by reference, the structure of `grad_states` with
+        a gradient in the place of each, which has the structure of its value.
     - `arg_grads` is one gradient for an int, and a tuple for a sequence. It has the structure
         of the argument, with `None` at each leaf that is no inexact array. An
         argument that is a Python float or complex is differentiated.
 
-    A gradient has the shape and dtype of its leaf. For a complex leaf it follows JAX's
+    States by reference that `func` sets are set after the call. A `func` that uses them is
+    traced at each call. A gradient has the shape and dtype of its leaf. For a complex leaf it follows JAX's
     convention: for a real output, descend along its conjugate. Without `func`, it
     returns a decorator.
 
     **Raises:**
 
     - `TypeError`: on wrapping, for a `func` that is not callable, an `argnums` that is no int,
-        or a `grad_states` that is no selector; on calling, for an argument or an output
-        without anything to differentiate, without a positional argument, or if `has_aux`
-        and `func` returns no pair.
+        or a `grad_states` that is no selector and no state; on calling, for an argument, a
+        state or an output without anything to differentiate, without a positional argument,
+        if `has_aux` and `func` returns no pair, or if a `func` that uses states by reference
+        cannot be traced.
     - `ValueError`: on calling, for an `argnums` out of range, given twice, or naming the
         state tree; for a selector that chooses no inexact array; if two leaves have one path;
-        or for a selected leaf on which the output does not depend.
+        for a selected leaf on which the output does not depend; or for a state that is not
+        touched, or set to a batched value under `jax.vmap`.
     - `FloatingPointError`: at run time, with `debug_nan`; from compiled code as a
         `jax.errors.JaxRuntimeError` that quotes it.
 
@@ -138,6 +144,9 @@ def vector_grad(
         >>> var_grads, value = errors(mlp, jnp.ones((5, 2)), jnp.ones((5, 1)))
         >>> {path: grad.shape for path, grad in var_grads.items()}, value.shape
         ({'layers.0.weight': (8, 2), 'layers.1.weight': (1, 8)}, (5, 1))
+        >>> scale = vg.State(jnp.array(2.0))
+        >>> float(vg.vector_grad(lambda x: scale.value * x, scale)(jnp.array([3.0, 4.0])))
+        7.0
 
     **Source:** `brainstate.transform.vector_grad`, brainstate 0.5, for the signature and the
     order of results; `equinox.filter_vjp`, equinox 0.13, for what is differentiable.

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.ref
 import jax.tree_util as jtu
 import numpy as np
 
@@ -45,7 +46,7 @@ class State:
 
         >>> import jax, jax.numpy as jnp
         >>> import vgrad_eqx as vg
-        >>> count = vg.State(jnp.array(0), name="count")
+        >>> count = vg.State(jnp.array(0, "int32"), name="count")
         >>> @jax.jit
         ... def step():
         ...     count.value += 1
@@ -87,10 +88,16 @@ class State:
                 f"{self._describe()}. Got {eqx.tree_pformat(value)}. Make another state for "
                 "it."
             )
-        for ref, leaf in zip(self.leaves, leaves, strict=True):
-            if isinstance(ref, jax.Ref):
-                array = leaf if eqx.is_array(leaf) else jnp.asarray(leaf, ref.dtype)
-                write(ref, array, repr(self))
+        written = []
+        try:
+            for ref, leaf in zip(self.leaves, leaves, strict=True):
+                if isinstance(ref, jax.Ref):
+                    array = leaf if eqx.is_array(leaf) else jnp.asarray(leaf, ref.dtype)
+                    written.append((ref, write(ref, array, repr(self))))
+        except ValueError:
+            for ref, old in written:
+                write(ref, old, repr(self))
+            raise
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f", name={self.name!r}"
@@ -131,11 +138,11 @@ def read(ref: jax.Ref) -> jax.Array:
         return ref[...]
 
 
-def write(ref: jax.Ref, value: Any, name: str) -> None:
-    """Sets a reference, or says what to do where JAX cannot."""
+def write(ref: jax.Ref, value: Any, name: str) -> jax.Array:
+    """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
     try:
         with _lock:
-            ref[...] = value
+            return jax.ref.swap(ref, ..., value)
     except Exception as error:
         if type(error) is not Exception:  # JAX has no type for these two errors
             raise
