@@ -87,7 +87,7 @@ def apply_pairs(read, num_leaves, x):
     return x
 
 
-def gradients_of_references(num_leaves: int) -> dict[str, Callable]:
+def make_references(num_leaves: int) -> tuple[tuple, Callable, dict[str, Callable]]:
     """The same function over a tuple of arrays, over our states, and over those of a peer."""
     params = tuple(jnp.full((8, 8) if i % 2 == 0 else (8, 1), 0.1) for i in range(num_leaves))
     ours = [vg.State(param) for param in params]
@@ -96,41 +96,48 @@ def gradients_of_references(num_leaves: int) -> dict[str, Callable]:
     def over(states):
         return lambda x: apply_pairs(lambda i: states[i].value, num_leaves, x)
 
-    def by_hand(x):
+    def by_hand(params, x):
         func = lambda params: apply_pairs(params.__getitem__, num_leaves, x)
         value, pull_back = jax.vjp(func, params)
         return pull_back(jnp.ones_like(value))
 
-    return {
-        "by hand": by_hand,
+    transforms = {
         "vg.State": vg.vector_grad(over(ours), ours),
         "brainstate": brainstate.transform.vector_grad(over(theirs), theirs),
     }
+    return params, by_hand, transforms
 
 
 def states_eager(num_leaves: int) -> Ways:
+    params, by_hand, transforms = make_references(num_leaves)
     x = jnp.ones((8, 1))
-    funcs = gradients_of_references(num_leaves)
-    return {name: lambda func=func: func(x) for name, func in funcs.items()}
+    return {
+        "by hand": lambda: by_hand(params, x),
+        **{name: lambda func=func: func(x) for name, func in transforms.items()},
+    }
 
 
 def states_tracing(num_leaves: int) -> Ways:
-    funcs = gradients_of_references(num_leaves)
+    params, by_hand, transforms = make_references(num_leaves)
     widths = iter(range(1, 10**9))
 
-    def trace(func):
+    def trace(func, *args):
         # A width that was not traced before.
-        jax.make_jaxpr(lambda x: func(x))(jax.ShapeDtypeStruct((8, next(widths)), jnp.float32))
+        x = jax.ShapeDtypeStruct((8, next(widths)), jnp.float32)
+        jax.make_jaxpr(lambda *args: func(*args))(*args, x)
 
-    return {name: lambda func=func: trace(func) for name, func in funcs.items()}
+    return {
+        "by hand": lambda: trace(by_hand, params),
+        **{name: lambda func=func: trace(func) for name, func in transforms.items()},
+    }
 
 
 def states_compiled(num_leaves: int) -> Ways:
-    """With arithmetic that takes longer than the call."""
-    x = jnp.ones((8, 4096))
-    funcs = gradients_of_references(num_leaves)
-    compiled = {name: jax.jit(lambda x, func=func: func(x)) for name, func in funcs.items()}
-    return {name: lambda func=compiled[name]: func(x) for name in ("by hand", "vg.State")}
+    params, by_hand, transforms = make_references(num_leaves)
+    x = jnp.ones((8, 8192))
+    compiled = jax.jit(by_hand)
+    ours = jax.jit(lambda x: transforms["vg.State"](x))
+    return {"by hand": lambda: compiled(params, x), "vg.State": lambda: ours(x)}
 
 
 def choosing(num_leaves: int) -> Ways:

@@ -40,7 +40,7 @@ def flatten(tree: Any) -> FlatTree:
         return known.flat
     flat = FlatTree(tree, nodes := [])
     if _can_be_known(nodes, flat):
-        mutable = [vars(tree), *(node for node in nodes if isinstance(node, list | dict))]
+        mutable = [vars(tree), *[node for node in nodes if type(node) in (list, dict)]]
         contents = [(node, _list_contents(node)) for node in mutable]
         key = id(tree)
         module = weakref.ref(tree, lambda _: _known.pop(key, None))

@@ -110,10 +110,12 @@ def vector_grad(
         of the argument, with `None` at each leaf that is no inexact array. An
         argument that is a Python float or complex is differentiated.
 
-    States by reference that `func` sets are set after the call. A `func` that uses them is
-    traced at each call. A gradient has the shape and dtype of its leaf. For a complex leaf it follows JAX's
+    A gradient has the shape and dtype of its leaf. For a complex leaf it follows JAX's
     convention: for a real output, descend along its conjugate. Without `func`, it
     returns a decorator.
+
+    States by reference that `func` sets are set after the call. A `func` that uses any is
+    traced at each call.
 
     **Raises:**
 
