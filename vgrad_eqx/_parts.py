@@ -141,18 +141,24 @@ class _Entry:
     """A state in its place in `grad_states`."""
 
     def __init__(self, key_path: jtu.KeyPath, reference: State | jax.Ref):
-        self.leaves, self._structure = jtu.tree_flatten(reference)
+        self._key_path = key_path
+        self._reference = reference
         if isinstance(reference, State):
             self.leaves, self._structure = reference.leaves, reference.structure
-        described = f"{reference!r}" if isinstance(reference, State) else "a `jax.Ref`"
-        self._described = described
-        self.name = name_of(key_path)
+        else:
+            self.leaves, self._structure = jtu.tree_flatten(reference)
+
+    @property
+    def name(self) -> str:
+        return name_of(self._key_path)
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         return jtu.tree_unflatten(self._structure, leaves)
 
     def __str__(self) -> str:
-        return f"`{self.name}`, {self._described}" if self.name else self._described
+        is_state = isinstance(self._reference, State)
+        described = repr(self._reference) if is_state else "a `jax.Ref`"
+        return f"`{self.name}`, {described}" if self.name else described
 
 
 def _can_train(leaf: Any) -> bool:

@@ -4,7 +4,6 @@ It is meant to be differentiated, so operations that are alike are differentiate
 """
 
 import functools as ft
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,27 +35,33 @@ class Cell:
 def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Evaluates a jaxpr, which is given cells for some or all of its references."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    uses = Counter(_keep_vars(jaxpr.outvars))
-    for eqn in jaxpr.eqns:
-        uses.update(_keep_vars(eqn.invars))
-    for eqn in jaxpr.eqns:
-        invars, outvars = _keep_vars(eqn.invars), _keep_vars(eqn.outvars)
+    last_uses = _find_last_uses(jaxpr)
+    for i, eqn in enumerate(jaxpr.eqns):
+        outvars = _keep_vars(eqn.outvars)
         env.update(zip(outvars, _evaluate(eqn, env), strict=True))
-        uses.subtract(invars)
-        for var in [*invars, *outvars]:
-            if not uses[var]:  # its value may be large, and need not live on
+        for var in _keep_vars(eqn.invars) + outvars:
+            if last_uses[var] == i:  # its value may be large, and need not live on
                 env.pop(var, None)
     return [_read(atom, env) for atom in jaxpr.outvars]
 
 
+def _find_last_uses(jaxpr: Any) -> dict[Any, int]:
+    """The last equation in which each variable occurs."""
+    last_uses = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        last_uses.update(dict.fromkeys(_keep_vars(eqn.invars) + _keep_vars(eqn.outvars), i))
+    last_uses.update(dict.fromkeys(_keep_vars(jaxpr.outvars), len(jaxpr.eqns)))
+    return last_uses
+
+
 def find_written(jaxpr_or_eqn: Any, inputs: Sequence[Any]) -> list[bool]:
     """Which inputs of a jaxpr or an equation are references that it writes."""
-    written = [
-        effect.input
+    written = {
+        id(effect.input)
         for effect in jaxpr_or_eqn.effects
         if type(effect).__name__ in ("WriteEffect", "AccumEffect")
-    ]
-    return [any(var is each for each in written) for var in inputs]
+    }
+    return [id(var) in written for var in inputs]
 
 
 def _keep_vars(atoms: Sequence[Any]) -> list[Any]:
@@ -95,15 +100,18 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
 
 def _make_function(eqn: Any) -> Callable[..., Any]:
     """An equation that has nothing to do with references, of its distinct variables."""
-    function = ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ())
     if eqn.effects or any(True for _ in jaxprs_in_params(eqn.params)):
-        return function
+        return ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ())
     distinct = {var: i for i, var in enumerate(_find_distinct(eqn.invars))}
     inputs = [
         repr(atom.val) if isinstance(atom, Literal) else distinct[atom] for atom in eqn.invars
     ]
     avals = [atom.aval for atom in eqn.invars]
-    return _remember(eqn, (*inputs, *avals), lambda: jax.jit(function, inline=True))
+
+    def make() -> Callable[..., Any]:
+        return jax.jit(ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ()), inline=True)
+
+    return _remember(eqn, (*inputs, *avals), make)
 
 
 def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:

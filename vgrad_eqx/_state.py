@@ -59,7 +59,7 @@ class State:
     for what it means under transformations.
     """
 
-    __slots__ = ("__weakref__", "leaves", "name", "structure")
+    __slots__ = ("__weakref__", "leaves", "name", "places", "structure")
 
     def __init__(self, value: Any, name: str | None = None):
         if isinstance(value, bool | int | float | complex):
@@ -71,12 +71,16 @@ class State:
             )
         if name is not None and not isinstance(name, str):
             raise TypeError(f"`State(name=...)` must be a string. Got {name!r}.")
+        # With a reference in each place where there is an array.
         self.leaves = [_make_ref(leaf) if _is_array(leaf) else leaf for leaf in leaves]
+        self.places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
         self.name = name
 
     @property
     def value(self) -> Any:
-        leaves = [read(leaf) if isinstance(leaf, jax.Ref) else leaf for leaf in self.leaves]
+        leaves = list(self.leaves)
+        for i in self.places:
+            leaves[i] = read(leaves[i])
         return jtu.tree_unflatten(self.structure, leaves)
 
     @value.setter
@@ -90,13 +94,13 @@ class State:
             )
         written = []
         try:
-            for ref, leaf in zip(self.leaves, leaves, strict=True):
-                if isinstance(ref, jax.Ref):
-                    array = leaf if eqx.is_array(leaf) else jnp.asarray(leaf, ref.dtype)
-                    written.append((ref, write(ref, array, repr(self))))
+            for i in self.places:
+                ref, leaf = self.leaves[i], leaves[i]
+                array = leaf if eqx.is_array(leaf) else jnp.asarray(leaf, ref.dtype)
+                written.append((ref, write(ref, array, self)))
         except ValueError:
             for ref, old in written:
-                write(ref, old, repr(self))
+                write(ref, old, self)
             raise
 
     def __repr__(self) -> str:
@@ -104,10 +108,9 @@ class State:
         return f"State({self._describe()}{name})"
 
     def _describe(self) -> str:
-        shapes = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Ref) else leaf
-            for leaf in self.leaves
-        ]
+        shapes = list(self.leaves)
+        for i in self.places:
+            shapes[i] = jax.ShapeDtypeStruct(shapes[i].shape, shapes[i].dtype)
         value = jtu.tree_unflatten(self.structure, shapes)
         return eqx.tree_pformat(value, struct_as_array=True)
 
@@ -138,7 +141,7 @@ def read(ref: jax.Ref) -> jax.Array:
         return ref[...]
 
 
-def write(ref: jax.Ref, value: Any, name: str) -> jax.Array:
+def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
     try:
         with _lock:

@@ -1,9 +1,12 @@
 """A function traced once: what it touches, what its output depends on, and itself again."""
 
+import dataclasses
+import functools as ft
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,23 +19,23 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from ._replay import Cell, find_written, replay
 
 
-class Trace(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Trace:
     """What a function did with arrays of some shapes, up to its end or to an error."""
 
     jaxpr: Any
     structure: Any
     error: Exception | None
 
-    @property
+    @ft.cached_property
     def refs(self) -> list[jax.Ref]:
         """The references that the function touches, without being passed them."""
         return [const for const in self.jaxpr.consts if isinstance(const, jax.Ref)]
 
-    @property
+    @ft.cached_property
     def written(self) -> list[jax.Ref]:
         written = find_written(self.jaxpr.jaxpr, self.jaxpr.jaxpr.constvars)
-        pairs = zip(self.jaxpr.consts, written, strict=True)
-        return [const for const, is_written in pairs if is_written]
+        return list(itertools.compress(self.jaxpr.consts, written))
 
     def call(self, args: Sequence[Any], values: dict[int, Any]) -> tuple[Any, list[Any]]:
         """Calls the function, with other values in its references, by their `id`.
