@@ -371,6 +371,7 @@ def test_indexed_reads_and_writes_of_a_reference():
 
     def func(x):
         ref[1] = x[0] * ref[0]
+        jax.ref.addupdate(ref, 0, x[2])
         ref[jnp.array([2, 0])] += x[:2]
 
         def body(i, total):
@@ -380,7 +381,7 @@ def test_indexed_reads_and_writes_of_a_reference():
         return lax.fori_loop(0, 3, body, 0.0) * ref[:2]
 
     def by_hand(start, x):
-        value = start.at[1].set(x[0] * start[0])
+        value = start.at[1].set(x[0] * start[0]).at[0].add(x[2])
         value = 2 * value.at[jnp.array([2, 0])].add(x[:2])
         return value.sum() * value[:2], value
 
@@ -389,6 +390,23 @@ def test_indexed_reads_and_writes_of_a_reference():
     out, pull_back, last = jax.vjp(by_hand, start, X, has_aux=True)
     assert tree_allclose((var_grads, arg_grad), pull_back(jnp.ones_like(out)))
     assert tree_allclose(ref[...], last)
+
+
+def test_a_reference_that_is_only_added_to():
+    ref = jax.new_ref(jnp.zeros(3))
+
+    def func(x):
+        jax.ref.addupdate(ref, ..., x)
+        return x**2
+
+    assert tree_allclose(vector_grad(func)(X), 2 * X)
+    assert tree_allclose(ref[...], X)
+
+
+def test_none_among_states():
+    w = vg.State(jnp.ones(3))
+    grads = vector_grad(lambda x: x * w.value, {"w": w, "none": None})(X)
+    assert tree_allclose(grads, {"w": X, "none": None})
 
 
 def test_options_together():
@@ -784,6 +802,39 @@ def test_tracers_do_not_leak():
         transform = vector_grad(lambda x: through_all(w, h, x), [w], argnums=0)
         transform(X)
         jax.jit(lambda x: transform(x))(X)
+
+
+def test_scopes_keep_their_names():
+    w = vg.State(jnp.ones(3))
+
+    def func(x):
+        with jax.named_scope("first"):
+            x = jnp.sin(x * w.value)
+        with jax.named_scope("second"):
+            return jnp.sin(x * w.value)
+
+    text = jax.jit(lambda x: vector_grad(func, w)(x)).lower(X).as_text(debug_info=True)
+    assert "jvp(jit(replay))/first/cos" in text
+    assert "jvp(jit(replay))/second/cos" in text
+
+
+def test_intermediate_values_are_let_go():
+    w, counts = vg.State(jnp.ones((17, 19))), []
+
+    def func():
+        x = w.value
+        for _ in range(20):
+            x = x + w.value
+            jax.debug.callback(lambda _: counts.append(count()), x[0, 0], ordered=True)
+        return x
+
+    def count():
+        return sum(array.shape == (17, 19) for array in jax.live_arrays())
+
+    vector_grad(func, w)()
+    jax.effects_barrier()
+    assert len(counts) == 20
+    assert max(counts) < min(counts) + 5
 
 
 def test_compiled_program_has_the_cost_of_the_functional_one():

@@ -43,6 +43,24 @@ def test_jit(transform):
     assert tree_allclose(compiled(params, x), expected(model, x))
 
 
+def func_of_tree(tree):
+    return tree["a"] * tree["b"]
+
+
+GROUPS = {"one": "a", "list": ["a", "b"], "dict": {"first": "a", "second": vg.path("b")}}
+
+
+@pytest.mark.parametrize("grad_states", GROUPS.values(), ids=GROUPS.keys())
+def test_jit_of_the_transform_itself(grad_states):
+    tree = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
+    transform = vg.vector_grad(func_of_tree, grad_states)
+    assert tree_allclose(jax.jit(transform)(tree), transform(tree))
+    state = vg.State(tree["a"])
+    nested = {"one": [state], "other": (state,)}
+    by_state = vg.vector_grad(lambda x: x * state.value, nested)
+    assert tree_allclose(jax.jit(by_state)(tree["b"]), by_state(tree["b"]))
+
+
 @pytest.mark.parametrize("donate", ["none", "all"])
 def test_filter_jit(transform, donate):
     x = jnp.ones(3)

@@ -1,5 +1,6 @@
 """The parts of a call that are differentiated: arguments, and leaves of the state tree."""
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +18,28 @@ from ._state import is_reference, read, State
 
 
 Func = Callable[..., Any]
+
+
+class GradStates(eqx.Module):
+    """What gradients are wanted of, in any nesting, and so that it can be hashed."""
+
+    entries: tuple[Any, ...]
+    structure: Any = eqx.field(static=True)
+    by_reference: bool = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, tree: Any, by_reference: bool) -> "GradStates":
+        entries, structure = jtu.tree_flatten(tree, is_leaf=is_reference)
+        return cls(tuple(entries), structure, by_reference)
+
+    def unflatten(self, entries: Sequence[Any]) -> Any:
+        return jtu.tree_unflatten(self.structure, entries)
+
+    @property
+    def names(self) -> list[str]:
+        tree = self.unflatten(self.entries)
+        paths, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_reference)
+        return [name_of(key_path) for key_path, _ in paths]
 
 
 class ArgPart:
@@ -54,7 +77,8 @@ class ArgPart:
 class StatePart:
     """The state tree, of which the selected leaves are differentiated."""
 
-    def __init__(self, func: Func, args: Sequence[Any], grad_states: Any, caller: str):
+    def __init__(self, func: Func, args: Sequence[Any], grad_states: GradStates, caller: str):
+        self._grad_states = grad_states
         self._home = find_home(func)
         self.in_args = self._home is None
         if self.in_args and not args:
@@ -63,8 +87,7 @@ class StatePart:
                 "Got no positional argument."
             )
         self._flat = flat = flatten(args[0] if self._home is None else self._home.tree)
-        selectors, self._groups = jtu.tree_flatten(grad_states)
-        self._selections = [select(flat, each, caller) for each in selectors]
+        self._selections = [select(flat, each, caller) for each in grad_states.entries]
         chosen = [each.indices for each in self._selections]
         self.indices = chosen[0] if len(chosen) == 1 else sorted(set().union(*chosen))
         self.diff = [flat.leaves[i] for i in self.indices]
@@ -83,12 +106,11 @@ class StatePart:
     def collect(self, grads: Sequence[Any]) -> Any:
         """The gradients by path, in the structure of `grad_states`."""
         by_index = dict(zip(self.indices, grads, strict=True))
-        return jtu.tree_unflatten(
-            self._groups,
+        return self._grad_states.unflatten(
             [
                 {name: by_index[i] for i, name in zip(*selection, strict=True)}
                 for selection in self._selections
-            ],
+            ]
         )
 
 
@@ -97,32 +119,44 @@ class RefPart:
 
     in_args = False
 
-    def __init__(self, grad_states: Any, caller: str):
-        entries, self._groups = jtu.tree_flatten_with_path(grad_states, is_leaf=is_reference)
-        self._entries = [_Entry(key_path, reference) for key_path, reference in entries]
-        for entry in self._entries:
-            if not any(map(_can_train, entry.leaves)):
-                raise TypeError(
-                    f"`{caller}` must name states with an inexact array in them. Got {entry}, "
-                    "in which nothing can be differentiated."
-                )
-        leaves = [leaf for entry in self._entries for leaf in entry.leaves]
+    def __init__(self, grad_states: GradStates, caller: str):
+        self._grad_states = grad_states
+        self._values = [_find_leaves(reference) for reference in grad_states.entries]
+        useless = [not any(map(_can_train, leaves)) for leaves, _ in self._values]
+        if any(useless):
+            raise TypeError(
+                f"`{caller}` must name states with an inexact array in them. Got "
+                f"{'; '.join(self._describe(useless))}, in which nothing can be "
+                "differentiated."
+            )
+        leaves = [leaf for leaves, _ in self._values for leaf in leaves]
         self.refs = {id(leaf): leaf for leaf in leaves if _can_train(leaf)}
         self.diff = [read(ref) for ref in self.refs.values()]
 
     @property
     def names(self) -> list[str]:
-        names = {
-            id(leaf): f"{entry.name}.{name_of(key_path)}".strip(".")
-            for entry in self._entries
-            for key_path, leaf in jtu.tree_leaves_with_path(entry.unflatten(entry.leaves))
-        }
+        names = {}
+        for name, (leaves, structure) in zip(
+            self._grad_states.names, self._values, strict=True
+        ):
+            value = jtu.tree_unflatten(structure, leaves)
+            for key_path, leaf in jtu.tree_leaves_with_path(value):
+                names[id(leaf)] = f"{name}.{name_of(key_path)}".strip(".")
         return [names[key] for key in self.refs]
 
     def find_untouched(self, touched: Iterable[jax.Ref]) -> list[str]:
         """The states of which no reference is among these."""
         ids = set(map(id, touched))
-        return [str(entry) for entry in self._entries if ids.isdisjoint(map(id, entry.leaves))]
+        untouched = [ids.isdisjoint(map(id, leaves)) for leaves, _ in self._values]
+        return self._describe(untouched) if any(untouched) else []
+
+    def _describe(self, chosen: Sequence[bool]) -> list[str]:
+        pairs = zip(self._grad_states.names, self._grad_states.entries, strict=True)
+        described = []
+        for name, reference in itertools.compress(pairs, chosen):
+            text = repr(reference) if isinstance(reference, State) else "a `jax.Ref`"
+            described.append(f"`{name}`, {text}" if name else text)
+        return described
 
     def insert(self, func: Func, args: list[Any], diff: Sequence[Any]) -> Func:
         return func
@@ -130,35 +164,18 @@ class RefPart:
     def collect(self, grads: Sequence[Any]) -> Any:
         """The gradients in the structure of `grad_states`, each in that of its state."""
         by_id = dict(zip(self.refs, grads, strict=True))
-        collected = [
-            entry.unflatten([by_id.get(id(leaf)) for leaf in entry.leaves])
-            for entry in self._entries
-        ]
-        return jtu.tree_unflatten(self._groups, collected)
+        return self._grad_states.unflatten(
+            [
+                jtu.tree_unflatten(structure, [by_id.get(id(leaf)) for leaf in leaves])
+                for leaves, structure in self._values
+            ]
+        )
 
 
-class _Entry:
-    """A state in its place in `grad_states`."""
-
-    def __init__(self, key_path: jtu.KeyPath, reference: State | jax.Ref):
-        self._key_path = key_path
-        self._reference = reference
-        if isinstance(reference, State):
-            self.leaves, self._structure = reference.leaves, reference.structure
-        else:
-            self.leaves, self._structure = jtu.tree_flatten(reference)
-
-    @property
-    def name(self) -> str:
-        return name_of(self._key_path)
-
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
-        return jtu.tree_unflatten(self._structure, leaves)
-
-    def __str__(self) -> str:
-        is_state = isinstance(self._reference, State)
-        described = repr(self._reference) if is_state else "a `jax.Ref`"
-        return f"`{self.name}`, {described}" if self.name else described
+def _find_leaves(reference: State | jax.Ref) -> tuple[Sequence[Any], Any]:
+    if isinstance(reference, State):
+        return reference.leaves, reference.structure
+    return jtu.tree_flatten(reference)
 
 
 def _can_train(leaf: Any) -> bool:
@@ -197,11 +214,13 @@ def find_positions(
     return positions
 
 
-def parse_grad_states(grad_states: Any, caller: str) -> Any:
-    """States by reference or selectors, in the containers that the user gave, or `None`."""
+def parse_grad_states(grad_states: Any, caller: str) -> GradStates | None:
+    """States by reference or selectors, in the containers that the user gave."""
+    if grad_states is None:
+        return None
     leaves = jtu.tree_leaves(grad_states, is_leaf=is_reference)
     if not any(map(is_reference, leaves)):
-        return parse_selectors(grad_states, caller)
+        return GradStates.of(parse_selectors(grad_states, caller), by_reference=False)
     others = [leaf for leaf in leaves if not is_reference(leaf)]
     if others:
         raise TypeError(
@@ -209,11 +228,7 @@ def parse_grad_states(grad_states: Any, caller: str) -> Any:
             f"{eqx.tree_pformat(others[0])} among the states. For the states in a module, "
             "pass `vg.states(module)`."
         )
-    return jtu.tree_map(lambda reference: reference, grad_states, is_leaf=is_reference)
-
-
-def holds_references(grad_states: Any) -> bool:
-    return any(map(is_reference, jtu.tree_leaves(grad_states)))
+    return GradStates.of(grad_states, by_reference=True)
 
 
 def parse_argnums(argnums: Any, caller: str) -> int | tuple[int, ...] | None:

@@ -109,7 +109,12 @@ def _make_function(eqn: Any) -> Callable[..., Any]:
     avals = [atom.aval for atom in eqn.invars]
 
     def make() -> Callable[..., Any]:
-        return jax.jit(ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ()), inline=True)
+        jaxpr = _isolate(eqn)
+
+        def replay(*args: Any) -> Sequence[Any]:  # profilers show the name
+            return jax.core.eval_jaxpr(jaxpr, (), *args)
+
+        return jax.jit(replay, inline=True)
 
     return _remember(eqn, (*inputs, *avals), make)
 
@@ -161,15 +166,15 @@ def _discharge(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
 
 
 def _jit_rule(eqn: Any, rule: Any, inner: Inner) -> Pure:
-    def run(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    def replay(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         outputs, finals = rule(inner, states, inputs)
         pairs = zip(outputs, eqn.outvars, strict=True)
         return [output for output, var in pairs if not isinstance(var, DropVar)], finals
 
     if eqn.primitive is not jit_p:
-        return jax.jit(run, inline=True)
-    run.__name__ = eqn.params["name"]
-    return jax.jit(run, inline=eqn.params["inline"])
+        return jax.jit(replay, inline=True)
+    replay.__name__ = eqn.params["name"]
+    return jax.jit(replay, inline=eqn.params["inline"])
 
 
 def _purify(jaxpr: Any, slots: Slots, written: Sequence[int]) -> Pure:

@@ -124,9 +124,7 @@ def _shorten(texts: list[str], most: int = 5) -> str:
 
 
 def parse_selectors(grad_states: Any, caller: str) -> Any:
-    """A selector, the container of selectors that the user gave, or `None`."""
-    if grad_states is None:
-        return None
+    """A selector, or the container of selectors that the user gave."""
     if isinstance(grad_states, list | tuple | dict) and not jtu.tree_leaves(grad_states):
         raise ValueError(
             f"`{caller}` must name at least one selector. Got {grad_states!r}. "
@@ -134,7 +132,7 @@ def parse_selectors(grad_states: Any, caller: str) -> Any:
         )
     if _is_group(grad_states):
         return jtu.tree_map(
-            lambda each: parse_selectors(each, caller),
+            lambda each: None if each is None else parse_selectors(each, caller),
             grad_states,
             is_leaf=lambda node: node is not grad_states,
         )

@@ -7,7 +7,7 @@ import equinox as eqx
 
 from ._call import Call, Rule
 from ._debug import raise_if_not_finite
-from ._parts import ArgPart, find_positions, holds_references, RefPart, StatePart
+from ._parts import ArgPart, find_positions, GradStates, RefPart, StatePart
 
 
 class GradientTransform(eqx.Module):
@@ -34,7 +34,7 @@ class GradientTransform(eqx.Module):
     """
 
     func: Callable[..., Any]
-    grad_states: Any
+    grad_states: GradStates | None
     rule: Rule = eqx.field(static=True)
     name: str = eqx.field(static=True)
     argnums: int | tuple[int, ...] | None = eqx.field(static=True)
@@ -72,7 +72,7 @@ class GradientTransform(eqx.Module):
         states = None
         if self.grad_states is not None:
             caller = f"{self.name}(grad_states=...)"
-            if holds_references(self.grad_states):
+            if self.grad_states.by_reference:
                 states = RefPart(self.grad_states, caller)
             else:
                 states = StatePart(self.func, args, self.grad_states, caller)
