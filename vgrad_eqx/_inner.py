@@ -34,7 +34,18 @@ class Inner(NamedTuple):
 
 
 def _call(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
-    return inner.pure(inner.params["jaxpr"], inner.slots)(states, inputs)
+    pure = inner.pure(inner.params["jaxpr"], inner.slots)
+    outputs, finals = pure(states, _constrain(inputs, inner.params["in_shardings"]))
+    return _constrain(outputs, inner.params["out_shardings"]), finals
+
+
+def _constrain(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+    return [
+        jax.lax.with_sharding_constraint(value, sharding)
+        if isinstance(sharding, jax.sharding.Sharding) and value is not None
+        else value
+        for value, sharding in zip(values, shardings, strict=True)
+    ]
 
 
 def _checkpoint(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
@@ -98,15 +109,9 @@ _rules = {jit_p: _call, remat_p: _checkpoint, cond_p: _switch, scan_p: _scan, wh
 
 def find_rule(eqn: Any, slots: Slots) -> Any:
     """The way to evaluate an equation with values, or `None` if it needs references."""
-    # The constants of a loop can be turned into values, and what it carries or goes through
-    # cannot. The same for a jitted function with shardings, which belong to its inputs.
-    num_consts = len(slots)
+    # What a scan carries or goes through has to be a reference if it is one.
     if eqn.primitive is scan_p:
         num_consts, _ = _count_scan(eqn.params)
-    elif eqn.primitive is jit_p:
-        shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
-        if not all(type(each).__name__ == "UnspecifiedValue" for each in shardings):
+        if any(slot is not None for slot in slots[num_consts:]):
             return None
-    if any(slot is not None for slot in slots[num_consts:]):
-        return None
     return _rules.get(eqn.primitive)
