@@ -617,7 +617,7 @@ def test_under_vmap_scan_grad_and_checkpoint():
     assert tree_allclose(jax.grad(jax.checkpoint(lambda x: gradient(x).sum()))(X), second)
 
 
-def test_a_batched_write_says_what_to_do():
+def test_a_write_under_vmap_says_what_to_do():
     w, h = vg.State(jnp.ones(3)), vg.State(jnp.zeros(3), "h")
 
     def func(x):
@@ -625,7 +625,7 @@ def test_a_batched_write_says_what_to_do():
         return h.value
 
     xs = jnp.outer(X, X)
-    match = "cannot be set to a value that differs along an axis of `jax.vmap`. Return"
+    match = "cannot be set inside of `jax.vmap`, .* set it outside of"
     for mapped in (jax.vmap(vector_grad(func, w)), vector_grad(jax.vmap(func), w)):
         with pytest.raises(ValueError, match=match):
             mapped(xs)

@@ -127,7 +127,7 @@ def vector_grad(
     - `ValueError`: on calling, for an `argnums` out of range, given twice, or naming the
         state tree; for a selector that chooses no inexact array; if two leaves have one path;
         for a selected leaf on which the output does not depend; or for a state that is not
-        touched, or set to a batched value under `jax.vmap`.
+        touched, or set under `jax.vmap`.
     - `FloatingPointError`: at run time, with `debug_nan`; from compiled code as a
         `jax.errors.JaxRuntimeError` that quotes it.
 

@@ -39,8 +39,8 @@ class State:
     **Raises:**
 
     - `TypeError`: if there is no array in `value`.
-    - `ValueError`: on setting a value of another structure, shape or dtype, or
-        a batched one under `jax.vmap`. The state keeps its old value then.
+    - `ValueError`: on setting a value of another structure, shape or dtype, and
+        on setting any under `jax.vmap`. The state keeps its old value then.
 
     **Example:**
 
@@ -151,8 +151,8 @@ def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
             raise
         if "vmapped" in str(error):
             raise ValueError(
-                f"{name} cannot be set to a value that differs along an axis of `jax.vmap`. "
-                "Return the value from the function that is mapped, and set it outside of "
+                f"{name} cannot be set inside of `jax.vmap`, where each element would set "
+                "it. Return the value from the function that is mapped, and set it outside of "
                 "`jax.vmap`."
             ) from error
         raise ValueError(
