@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.ref
 import jax.tree_util as jtu
@@ -143,23 +144,25 @@ def read(ref: jax.Ref) -> jax.Array:
 
 def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
-    try:
-        with _lock:
+    with _lock:
+        old = ref[...] if isinstance(value, jax.core.Tracer) else None
+        try:
             return jax.ref.swap(ref, ..., value)
-    except Exception as error:
-        if type(error) is not Exception:  # JAX has no type for these two errors
-            raise
-        if "vmapped" in str(error):
+        except Exception as error:
+            if type(error) is not Exception:  # JAX has no type for these two errors
+                raise
+            if "vmapped" in str(error):
+                raise ValueError(
+                    f"{name} cannot be set inside of `jax.vmap`, where each element would "
+                    "set it. Return the value from the function that is mapped, and set it "
+                    "outside of `jax.vmap`."
+                ) from error
+            ref[...] = old  # JAX has set it before it raised
             raise ValueError(
-                f"{name} cannot be set inside of `jax.vmap`, where each element would set "
-                "it. Return the value from the function that is mapped, and set it outside of "
-                "`jax.vmap`."
+                f"{name} cannot be set to a value that another transformation "
+                "differentiates. Differentiate by an operator of `vgrad_eqx`, which passes it "
+                "on, or return it as auxiliary data and set it afterwards."
             ) from error
-        raise ValueError(
-            f"{name} cannot be set to a value that another transformation differentiates. "
-            "Differentiate by an operator of `vgrad_eqx`, which passes it on, or return it as "
-            "auxiliary data and set it afterwards."
-        ) from error
 
 
 def _is_array(leaf: Any) -> bool:
