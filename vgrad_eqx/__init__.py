@@ -11,7 +11,7 @@ from ._state import State as State
 from ._states import apply_updates as apply_updates
 from ._states import replace_states as replace_states
 from ._states import states as states
-from ._states import summary as summary
+from ._summary import summary as summary
 from ._transform import GradientTransform as GradientTransform
 
 

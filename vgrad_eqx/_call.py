@@ -11,6 +11,7 @@ from ._output import Output, split_output
 from ._parts import ArgPart, Part, RefPart, StatePart
 from ._state import read, write
 from ._trace import describe_call, Trace, trace
+from ._units import attach_unit, divide_units, split_unit
 
 
 # Takes a function of flat arrays, which returns a tuple to differentiate and other arrays,
@@ -50,7 +51,9 @@ class Call:
         self._parts: list[Part] = [*([] if states is None else [states]), *arg_parts]
         self._args = args
         self._kwargs = kwargs
-        self._diff = [leaf for part in self._parts for leaf in part.diff]
+        leaves = [split_unit(leaf) for part in self._parts for leaf in part.diff]
+        self._diff = [number for number, _ in leaves]
+        self._units = [unit for _, unit in leaves]
         self._finals: list[tuple[jax.Ref, Any]] = []
 
     @property
@@ -84,14 +87,19 @@ class Call:
         for ref, final in self._finals:
             write(ref, final, "A state that `func` sets")
 
-    def collect(self, grads: Sequence[Any]) -> list[Any]:
+    def collect(self, grads: Sequence[Any], unit_aware: bool) -> list[Any]:
         """The gradients of each part, as the user is to see them."""
+        grads = list(grads)
+        for i, by in enumerate(self._units):
+            factor, unit = divide_units(self.output.unit, by)
+            number = grads[i] if factor == 1.0 else grads[i] * factor
+            grads[i] = attach_unit(number, unit) if unit_aware else number
         return [part.collect(values) for part, values in self._share(grads)]
 
     def _run(self, *diff: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The inexact leaves of the output, and all its other arrays."""
         func, args = self._func, list(self._args)
-        for part, values in self._share(diff):
+        for part, values in self._share(list(map(attach_unit, diff, self._units))):
             func = part.insert(func, args, values)
         value, aux = func(*args, **self._kwargs), None
         if self._has_aux:
@@ -138,7 +146,7 @@ class Call:
         elif self._states is not None:
             if traced.written:  # what only reaches a state does not reach the output
                 traced = trace(self._make_replay(traced), self._diff)
-            unused = traced.find_unused(len(self.output.diff_indices))
+            unused = traced.find_unused(len(self.output.places))
             names = [f"`{name}`" for i, name in enumerate(self._states.names) if i in unused]
             if names:
                 raise ValueError(

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 
 from ._memory import Memory
 from ._state import State
-from ._units import quantity_test
+from ._units import quantity_test, split_unit
 
 
 class FlatTree:
@@ -47,12 +47,12 @@ class FlatTree:
 
     @ft.cached_property
     def differentiable(self) -> list[int]:
-        """The indices of the leaves that can be trained: the inexact arrays."""
+        """The indices of the leaves that can be trained: inexact arrays and Quantities."""
         kinds = [(type(leaf), getattr(leaf, "dtype", None)) for leaf in self.leaves]
         samples = dict(zip(kinds, self.leaves, strict=True))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in samples.values()):
-            return [i for i, x in enumerate(self.leaves) if eqx.is_inexact_array(x)]
-        inexact = {kind for kind, leaf in samples.items() if eqx.is_inexact_array(leaf)}
+            return [i for i, leaf in enumerate(self.leaves) if _can_train(leaf)]
+        inexact = {kind for kind, leaf in samples.items() if _can_train(leaf)}
         return [i for i, kind in enumerate(kinds) if kind in inexact]
 
     @ft.cached_property
@@ -91,6 +91,12 @@ class FlatTree:
             f"Two leaves share the dotted path `{twice}`: {' and '.join(both)}. "
             "Gradients are named by that path, so rename one of the keys."
         )
+
+
+def _can_train(leaf: Any) -> bool:
+    number, unit = split_unit(leaf)
+    # A Quantity is an array, even if its number is written in Python.
+    return eqx.is_inexact_array(number) or (unit is not None and is_scalar(number))
 
 
 def _watch(nodes: list[Any], is_leaf: Any) -> Callable[[Any], Any]:

@@ -7,22 +7,33 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._flat import FlatTree, is_scalar, put
+from ._units import attach_unit, find_factors, split_unit
 
 
 class Output(NamedTuple):
     """What remains of an output, and of the auxiliary data, without their arrays."""
 
-    diff_indices: Sequence[int]
+    units: Sequence[Any]
+    # The place of each differentiated leaf, or `None` if it is in a unit of its own, and so
+    # is given back as one of the other arrays.
+    places: Sequence[int | None]
     array_indices: Sequence[int]
     others: Sequence[Any]
     structure: Any
     value_structure: Any
 
+    @property
+    def unit(self) -> Any:
+        """The unit in which the leaves are differentiated."""
+        return self.units[0]
+
     def join(self, diff: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, Any]:
         """The value and the auxiliary data, with arrays in their places."""
         others = put(self.others, self.array_indices, arrays)
         value_leaves, aux = jtu.tree_unflatten(self.structure, others)
-        value_leaves = put(value_leaves, self.diff_indices, diff)
+        for i, number, unit in zip(self.places, diff, self.units, strict=True):
+            if i is not None:
+                value_leaves[i] = attach_unit(number, unit)
         return jtu.tree_unflatten(self.value_structure, value_leaves), aux
 
 
@@ -35,18 +46,25 @@ def split_output(
     """
     flat = FlatTree(value)
     scalars = [i for i, leaf in enumerate(flat.leaves) if is_scalar(leaf)]
-    diff_indices = sorted({*flat.differentiable, *scalars})
-    if not diff_indices:
+    indices = sorted({*flat.differentiable, *scalars})
+    if not indices:
         raise TypeError(
             f"`{name}(func=...)` must return an inexact array or a float, or a pytree with "
             f"one in it. Got {eqx.tree_pformat(value)}, in which nothing can be "
             "differentiated."
         )
-    diff = tuple([flat.leaves[i] for i in diff_indices])
-    value_leaves = put(flat.leaves, diff_indices, [None] * len(diff))
+    numbers, units = zip(*[split_unit(flat.leaves[i]) for i in indices], strict=True)
+    factors = find_factors(
+        units,
+        f"`{name}(func=...)` must return outputs of one dimension, because it adds them up.",
+        [flat.names[i] for i in indices],
+    )
+    diff = tuple([x if f == 1.0 else x * f for x, f in zip(numbers, factors, strict=True)])
+    places = [i if f == 1.0 else None for i, f in zip(indices, factors, strict=True)]
+    value_leaves = [None if i in places else leaf for i, leaf in enumerate(flat.leaves)]
     others, structure = jtu.tree_flatten((value_leaves, aux))
     array_indices = [i for i, leaf in enumerate(others) if eqx.is_array(leaf)]
     arrays = tuple([others[i] for i in array_indices])
     others = put(others, array_indices, [None] * len(arrays))
-    output = Output(diff_indices, array_indices, others, structure, flat.treedef)
+    output = Output(units, places, array_indices, others, structure, flat.treedef)
     return diff, arrays, output

@@ -3,18 +3,19 @@
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._flat import is_scalar, name_of, put
+from ._flat import FlatTree, is_scalar, name_of, put
 from ._flatten import flatten
 from ._home import find_home
 from ._select import parse_selectors, select
 from ._state import is_reference, read, State
+from ._units import attach_unit, quantity_test, split_unit
 
 
 Func = Callable[..., Any]
@@ -121,33 +122,36 @@ class RefPart:
 
     def __init__(self, grad_states: GradStates, caller: str):
         self._grad_states = grad_states
-        self._values = [_find_leaves(reference) for reference in grad_states.entries]
-        useless = [not any(map(_can_train, leaves)) for leaves, _ in self._values]
+        self._values = [_split_reference(reference) for reference in grad_states.entries]
+        useless = [not any(map(_can_train, each.leaves)) for each in self._values]
         if any(useless):
             raise TypeError(
                 f"`{caller}` must name states with an inexact array in them. Got "
                 f"{'; '.join(self._describe(useless))}, in which nothing can be "
                 "differentiated."
             )
-        leaves = [leaf for leaves, _ in self._values for leaf in leaves]
-        self.refs = {id(leaf): leaf for leaf in leaves if _can_train(leaf)}
-        self.diff = [read(ref) for ref in self.refs.values()]
+        units = {
+            id(leaf): (leaf, unit)
+            for each in self._values
+            for leaf, unit in zip(each.leaves, each.units, strict=True)
+            if _can_train(leaf)
+        }
+        self.refs = {key: ref for key, (ref, _) in units.items()}
+        self.diff = [attach_unit(read(ref), unit) for ref, unit in units.values()]
 
     @property
     def names(self) -> list[str]:
-        names = {}
-        for name, (leaves, structure) in zip(
-            self._grad_states.names, self._values, strict=True
-        ):
-            value = jtu.tree_unflatten(structure, leaves)
-            for key_path, leaf in jtu.tree_leaves_with_path(value):
-                names[id(leaf)] = f"{name}.{name_of(key_path)}".strip(".")
+        names = {
+            id(leaf): f"{name}.{inner}".strip(".")
+            for name, each in zip(self._grad_states.names, self._values, strict=True)
+            for inner, leaf in zip(each.names, each.leaves, strict=True)
+        }
         return [names[key] for key in self.refs]
 
     def find_untouched(self, touched: Iterable[jax.Ref]) -> list[str]:
         """The states of which no reference is among these."""
         ids = set(map(id, touched))
-        untouched = [ids.isdisjoint(map(id, leaves)) for leaves, _ in self._values]
+        untouched = [ids.isdisjoint(map(id, each.leaves)) for each in self._values]
         return self._describe(untouched) if any(untouched) else []
 
     def _describe(self, chosen: Sequence[bool]) -> list[str]:
@@ -166,16 +170,37 @@ class RefPart:
         by_id = dict(zip(self.refs, grads, strict=True))
         return self._grad_states.unflatten(
             [
-                jtu.tree_unflatten(structure, [by_id.get(id(leaf)) for leaf in leaves])
-                for leaves, structure in self._values
+                jtu.tree_unflatten(each.structure, [by_id.get(id(x)) for x in each.leaves])
+                for each in self._values
             ]
         )
 
 
-def _find_leaves(reference: State | jax.Ref) -> tuple[Sequence[Any], Any]:
-    if isinstance(reference, State):
-        return reference.leaves, reference.structure
-    return jtu.tree_flatten(reference)
+class _Reference(NamedTuple):
+    """What is in a state, of which a Quantity is one leaf, and its number a reference."""
+
+    leaves: Sequence[Any]
+    units: Sequence[Any]
+    structure: Any
+
+    @property
+    def names(self) -> list[str]:
+        value = jtu.tree_unflatten(self.structure, self.leaves)
+        return [name_of(key_path) for key_path, _ in jtu.tree_leaves_with_path(value)]
+
+
+def _split_reference(reference: State | jax.Ref) -> _Reference:
+    if isinstance(reference, jax.Ref):
+        return _Reference(*_split_units([reference]), jtu.tree_structure(reference))
+    if quantity_test() is None:
+        return _Reference(*_split_units(reference.leaves), reference.structure)
+    flat = FlatTree(jtu.tree_unflatten(reference.structure, reference.leaves))
+    return _Reference(*_split_units(flat.leaves), flat.treedef)
+
+
+def _split_units(leaves: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    pairs = list(map(split_unit, leaves))
+    return [number for number, _ in pairs], [unit for _, unit in pairs]
 
 
 def _can_train(leaf: Any) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ._flat import FlatTree, names_without_leaves, near_misses
 from ._glob import compile_glob
+from ._units import split_unit
 
 
 class Selector(abc.ABC):
@@ -183,7 +184,7 @@ class _Spec(Selector):
                 f"{eqx.tree_pformat(flat.tree)}."
             ) from error
         return [
-            bool(entry(leaf)) if callable(entry) else bool(entry)
+            bool(entry(split_unit(leaf)[0])) if callable(entry) else bool(entry)
             for entry, subtree in parts
             for leaf in FlatTree(subtree).leaves
         ]

@@ -1,22 +1,16 @@
 """The chosen leaves of a pytree as a flat dict, and back."""
 
-import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
-import numpy as np
-from jax import Array
-from jax.typing import ArrayLike
 
-from ._flat import FlatTree, name_of, near_misses
+from ._flat import near_misses
 from ._flatten import flatten
 from ._select import select, select_any
 from ._selector import as_selector
-from ._state import State
+from ._units import attach_unit, find_factors, split_unit
 
 
 def states(tree: Any, selector: Any = True) -> dict[str, Any]:
@@ -57,7 +51,7 @@ def states(tree: Any, selector: Any = True) -> dict[str, Any]:
     return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
 
 
-def replace_states(tree: Any, values: Mapping[str, ArrayLike]) -> Any:
+def replace_states(tree: Any, values: Mapping[str, Any]) -> Any:
     """A copy of a pytree with other values at some of its leaves.
 
     The inverse of [`vgrad_eqx.states`][]. `__init__` and `__check_init__` of a module are
@@ -163,104 +157,44 @@ def _merge(
 
 
 def _replace(leaf: Any, value: Any, where: str) -> Any:
-    if not eqx.is_array_like(value) or not hasattr(value, "dtype"):
+    old, unit = split_unit(leaf)
+    new, new_unit = split_unit(value)
+    if not eqx.is_array_like(new) or not (hasattr(new, "dtype") or new_unit is not None):
         raise ValueError(f"{where} must be an array. Got {eqx.tree_pformat(value)}.")
+    new = _convert(new, new_unit, unit, where)
     # `result_type`, because without x64 a NumPy leaf of float64 is float32 to JAX.
-    if value.shape != leaf.shape or jnp.result_type(value) != jnp.result_type(leaf):
+    if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(old):
         raise ValueError(
             f"{where} must have the shape and dtype of the leaf, "
             f"{eqx.tree_pformat(leaf)}. Got {eqx.tree_pformat(value)}."
         )
-    return value
+    return attach_unit(new, unit)
 
 
-def _add(leaf: Any, update: Any, where: str) -> Array:
+def _add(leaf: Any, update: Any, where: str) -> Any:
     if update is None:
         raise ValueError(f"{where} must be an array. Got None. Leave the path out instead.")
-    dtype = jnp.result_type(update) if eqx.is_array_like(update) else None
+    old, unit = split_unit(leaf)
+    new, new_unit = split_unit(update)
+    dtype = jnp.result_type(new) if eqx.is_array_like(new) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(f"{where} must be an inexact array. Got {eqx.tree_pformat(update)}.")
-    if jnp.shape(update) != leaf.shape:
+    if jnp.shape(new) != jnp.shape(old):
         raise ValueError(
             f"{where} must have the shape of the leaf, {eqx.tree_pformat(leaf)}. "
             f"Got {eqx.tree_pformat(update)}."
         )
-    if jnp.iscomplexobj(update) and not jnp.iscomplexobj(leaf):
+    if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old):
         raise ValueError(
             f"{where} must be real, as the leaf {eqx.tree_pformat(leaf)} is. "
             f"Got {eqx.tree_pformat(update)}."
         )
-    return jnp.asarray(leaf + update, jnp.result_type(leaf))
+    new = _convert(new, new_unit, unit, where)
+    return attach_unit(jnp.asarray(old + new, jnp.result_type(old)), unit)
 
 
-def summary(tree: Any, selector: Any = True) -> None:
-    """Prints which leaves of a pytree a selector chooses, and which stay frozen.
-
-    **Arguments:**
-
-    - `tree`: any pytree.
-    - `selector`: as in [`vgrad_eqx.states`][].
-
-    **Returns:**
-
-    Nothing. It prints a line for each array: its path, shape, dtype and number of
-    elements, and whether it is chosen, frozen, or not differentiable; then the totals.
-
-    **Raises:**
-
-    - `TypeError`, `ValueError`: as [`vgrad_eqx.states`][].
-
-    **Example:**
-
-        >>> import jax.numpy as jnp
-        >>> import vgrad_eqx as vg
-        >>> bias, weight = jnp.zeros(3, "bfloat16"), jnp.zeros((2, 3), "bfloat16")
-        >>> vg.summary({"b": bias, "n": jnp.zeros(2, "uint8"), "w": weight}, "w")
-        path  shape   dtype     size
-        b     (3,)    bfloat16     3  frozen
-        n     (2,)    uint8        2  not differentiable
-        w     (2, 3)  bfloat16     6  chosen
-        chosen: 6 of 9 parameters, in 1 of 2 arrays
-    """
-    flat = flatten(tree)
-    caller = "summary(selector=...)"
-    chosen = set(select_any(flat, as_selector(selector), caller).indices)
-    rows = [row for i in range(len(flat.leaves)) for row in _describe_leaf(flat, i, chosen)]
-    cells = [
-        ("path", "shape", "dtype", "size", ""),
-        *[
-            (name, str(shape), dtype, f"{size:,}", fate)
-            for name, shape, dtype, size, fate in rows
-        ],
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for name, shape, dtype, size, fate in cells:
-        line = (
-            f"{name:{widths[0]}}  {shape:{widths[1]}}  {dtype:{widths[2]}}  "
-            f"{size:>{widths[3]}}  {fate}"
-        )
-        print(line.rstrip())
-    sizes = {fate: [row[3] for row in rows if row[4] == fate] for fate in ("chosen", "frozen")}
-    chosen_sizes, all_sizes = sizes["chosen"], sizes["chosen"] + sizes["frozen"]
-    print(
-        f"chosen: {sum(chosen_sizes):,} of {sum(all_sizes):,} parameters, "
-        f"in {len(chosen_sizes):,} of {len(all_sizes):,} arrays"
-    )
-
-
-def _describe_leaf(
-    flat: FlatTree, index: int, chosen: Container[int]
-) -> Iterator[tuple[str, Any, str, int, str]]:
-    """Path, shape, dtype, size and fate of each array in a leaf: a state may hold several."""
-    leaf, name = flat.leaves[index], flat.names[index]
-    arrays = {name: leaf}
-    if isinstance(leaf, State):
-        inner = jtu.tree_leaves_with_path(jtu.tree_unflatten(leaf.structure, leaf.leaves))
-        arrays = {f"{name}.{name_of(key_path)}".strip("."): ref for key_path, ref in inner}
-    for path, array in arrays.items():
-        if isinstance(array, jax.Array | jax.Ref | np.ndarray | np.generic):
-            fate = "chosen" if index in chosen else "frozen"
-            if not jnp.issubdtype(array.dtype, jnp.inexact):
-                fate = "not differentiable"
-            size = math.prod(array.shape)
-            yield path, array.shape, str(array.dtype), size, fate
+def _convert(number: Any, unit: Any, to: Any, where: str) -> Any:
+    """The number in another unit of the same dimension."""
+    text = f"{where} must have the dimension of the leaf."
+    _, factor = find_factors([to, unit], text, ["leaf", "value"])
+    return number if factor == 1.0 else number * factor

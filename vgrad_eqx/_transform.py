@@ -59,7 +59,7 @@ class GradientTransform(eqx.Module):
             raise_if_not_finite(grads, call.names, f"{self.name}(debug_nan=True)")
         call.write_states()
         value, aux = call.output.join(diff_out, arrays)
-        results = [self._order(call.collect(grads))]
+        results = [self._order(call.collect(grads, self.unit_aware))]
         if self.return_value:
             results.append(value)
         if self.has_aux:

@@ -2,7 +2,7 @@
 
 import functools as ft
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -21,3 +21,56 @@ def _make_quantity_test() -> Callable[[Any], bool]:
 
     # By the type, because `isinstance` looks at `__class__`, which a module computes.
     return lambda node: issubclass(type(node), brainunit.Quantity)
+
+
+def split_unit(leaf: Any) -> tuple[Any, Any]:
+    """The number in a leaf and its unit, which is `None` if it is no Quantity."""
+    is_quantity = quantity_test()
+    if is_quantity is not None and is_quantity(leaf):
+        return leaf.mantissa, leaf.unit
+    return leaf, None
+
+
+def attach_unit(number: Any, unit: Any) -> Any:
+    """A Quantity, or the number itself if the unit is `None`."""
+    if unit is None:
+        return number
+    import brainunit
+
+    return brainunit.Quantity(number, unit=unit)
+
+
+def find_quotient(unit: Any, by: Any) -> Any:
+    """The quotient of two units, or `None` if neither is given."""
+    if unit is None and by is None:
+        return None
+    import brainunit
+
+    one = brainunit.UNITLESS
+    return (one if unit is None else unit) / (one if by is None else by)
+
+
+def divide_units(unit: Any, by: Any) -> tuple[float, Any]:
+    """A factor and a unit, which is `None` where the quotient has no dimension."""
+    quotient = find_quotient(unit, by)
+    if quotient is not None and quotient.dim.is_dimensionless:
+        return quotient.magnitude, None
+    return 1.0, quotient
+
+
+def find_factors(units: Sequence[Any], text: str, names: Sequence[str]) -> list[float]:
+    """What converts numbers in these units to the first one.
+
+    Raises brainunit's error if they have several dimensions, which opens with `text`.
+    """
+    if all(unit is None for unit in units):
+        return [1.0] * len(units)
+    import brainunit
+
+    units = [brainunit.UNITLESS if unit is None else unit for unit in units]
+    if not all(units[0].has_same_dim(unit) for unit in units):
+        listed = ", ".join(
+            f"`{name}` in {unit}" for name, unit in zip(names, units, strict=True)
+        )
+        raise brainunit.UnitMismatchError(f"{text} Got {listed}", *units)
+    return [unit.magnitude / units[0].magnitude for unit in units]
