@@ -22,6 +22,7 @@ def test_what_is_public():
         "replace_states",
         "states",
         "summary",
+        "unitful",
         "vector_grad",
     }
 
@@ -50,17 +51,3 @@ def test_brainunit_is_not_imported_for_functions_without_units():
         "assert not {'brainunit', 'saiunit'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_quantities_are_one_leaf_and_not_differentiated():
-    import brainunit as u
-    import jax.numpy as jnp
-
-    tree = {"tau": 3.0 * u.ms, "w": jnp.ones(2)}
-    assert list(vg.states(tree)) == ["w"]
-    with pytest.raises(ValueError, match="selects `tau`"):
-        vg.states(tree, "tau")
-    with pytest.raises(TypeError, match=r"Got argument 0: .*3\.0?.*ms"):
-        vg.vector_grad(lambda tau: tau**2)(3.0 * u.ms)
-    with pytest.raises(TypeError, match="must return an inexact array"):
-        vg.vector_grad(lambda x: x * u.mV)(jnp.ones(2))

@@ -13,6 +13,7 @@ from ._states import replace_states as replace_states
 from ._states import states as states
 from ._summary import summary as summary
 from ._transform import GradientTransform as GradientTransform
+from ._unitful import unitful as unitful
 
 
 __version__ = _version("vgrad_eqx")

@@ -4,18 +4,25 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import optax
 
 from ._flat import FlatTree, near_misses
-from ._units import attach_unit, find_factors, find_quotient, parse_unit, same_dimension, split_unit
+from ._units import (
+    attach_unit,
+    find_factor,
+    find_factors,
+    find_quotient,
+    parse_unit,
+    raise_mismatch,
+    split_unit,
+)
 
 
 class _Units(eqx.Module):
     """The units in which parameters are written, which belong to the structure."""
 
-    units: tuple[Any, ...] = eqx.field(static=True)
+    by_path: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
 
 class UnitfulState(NamedTuple):
@@ -76,16 +83,144 @@ def unitful(
         Quantity(25., "ms")
     """
     inner = optax.with_extra_args_support(tx)
-    loss_unit = parse_unit(loss_unit, "unitful(loss_unit=...)")
-    scale = dict(scale or {})
+    scaling = _Scaling(
+        parse_unit(loss_unit, "unitful(loss_unit=...)"), dict({} if scale is None else scale)
+    )
 
-    def init(params: Any) -> UnitfulState:
-        scaling = _Scaling(params, loss_unit, scale)
-        return UnitfulState(inner.init(scaling.shrink(params)), _Units(scaling.units))
+    def init(params: Any) -> Any:
+        flat = FlatTree(params)
+        units = {
+            name: split_unit(leaf)[1]
+            for name, leaf in zip(flat.names, flat.leaves, strict=True)
+        }
+        scaling.check(flat, units)
+        inner_state = inner.init(scaling.shrink_params(params, units))
+        return UnitfulState(inner_state, _Units(tuple(units.items())))
 
     def update(
-        updates: Any, state: UnitfulState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, UnitfulState]:
-        ...
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        units = dict(state.units.by_path)
+        if params is not None:
+            params = scaling.shrink_params(params, units)
+        extra_args = scaling.shrink_extra_args(extra_args, units)
+        updates, inner_state = inner.update(
+            scaling.shrink_grads(updates, units), state.inner_state, params, **extra_args
+        )
+        return scaling.grow(updates, units), UnitfulState(inner_state, state.units)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Scaling:
+    """The way from quantities to pure numbers and back. Units are given by path."""
+
+    def __init__(self, loss_unit: Any, scale: dict[str, Any]):
+        self._loss_unit = loss_unit
+        self._scale = scale
+
+    def check(self, flat: FlatTree, units: dict[str, Any]) -> None:
+        for name, scale in self._scale.items():
+            if name not in units:
+                raise ValueError(
+                    "`unitful(scale=...)` must name paths of the parameters. Got "
+                    f"`{name}`. {near_misses(name, flat)}"
+                )
+            text = f"`unitful(scale=...)` at `{name}` must have the dimension of the parameter."
+            find_factors([units[name], split_unit(scale)[1]], text, ["parameter", "scale"])
+
+    def shrink_params(self, params: Any, units: dict[str, Any]) -> Any:
+        def shrink(name: str, leaf: Any) -> Any:
+            number, unit = split_unit(leaf)
+            if unit != units[name]:
+                raise_mismatch(
+                    f"`unitful(...)` needs the parameter at `{name}` in the unit that it had "
+                    "on `init`. Make another state by `init`",
+                    units[name],
+                    unit,
+                )
+            return _divide(number, self._find_scale(name, unit))
+
+        return _map(shrink, params)
+
+    def shrink_grads(self, grads: Any, units: dict[str, Any]) -> Any:
+        def shrink(name: str, leaf: Any) -> Any:
+            number, unit = split_unit(leaf)
+            expected = find_quotient(self._loss_unit, units[name])
+            factor = find_factor(unit, expected)
+            if factor is None:
+                raise_mismatch(_explain(name, unit, units[name]), expected, unit)
+            return _multiply(_multiply(number, factor), self._find_scale(name, units[name]))
+
+        return _map(shrink, grads)
+
+    def grow(self, tree: Any, units: dict[str, Any]) -> Any:
+        def grow(name: str, leaf: Any) -> Any:
+            number = _multiply(leaf, self._find_scale(name, units[name]))
+            return attach_unit(number, units[name])
+
+        return _map(grow, tree)
+
+    def shrink_extra_args(self, extra_args: dict[str, Any], units: dict[str, Any]) -> Any:
+        """Those that line searches take, as pure numbers. The others are passed on."""
+        shrunk = dict(extra_args)
+        if extra_args.get("value") is not None:
+            shrunk["value"] = self._shrink_value(extra_args["value"])
+        if extra_args.get("grad") is not None:
+            shrunk["grad"] = self.shrink_grads(extra_args["grad"], units)
+        if extra_args.get("value_fn") is not None:
+            value_fn = extra_args["value_fn"]
+
+            def shrunk_value_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+                return self._shrink_value(value_fn(self.grow(params, units), *args, **kwargs))
+
+            shrunk["value_fn"] = shrunk_value_fn
+        return shrunk
+
+    def _shrink_value(self, value: Any) -> Any:
+        number, unit = split_unit(value)
+        text = "`unitful(loss_unit=...)` must have the dimension of the loss."
+        _, factor = find_factors([self._loss_unit, unit], text, ["loss_unit", "loss"])
+        return _multiply(number, factor)
+
+    def _find_scale(self, name: str, unit: Any) -> Any:
+        """The scale of a parameter, as a number in the unit of the parameter."""
+        if name not in self._scale:
+            return 1.0
+        number, scale_unit = split_unit(self._scale[name])
+        factor = find_factor(scale_unit, unit)
+        assert factor is not None
+        return number * factor
+
+
+def _map(func: Callable[[str, Any], Any], tree: Any) -> Any:
+    flat = FlatTree(tree)
+    return flat.unflatten(list(map(func, flat.names, flat.leaves)))
+
+
+def _explain(name: str, unit: Any, param_unit: Any) -> str:
+    text = (
+        f"`unitful(...)` needs the gradient at `{name}` in the unit of the loss over that of "
+        "the parameter. Got "
+    )
+    if unit is None:
+        return f"{text}one without a unit. Differentiate with `unit_aware=True`"
+    if find_factor(unit, param_unit) is not None:
+        return (
+            f"{text}one in the unit of the parameter, as `jax.grad` makes it. Differentiate by "
+            "`vg.vector_grad(..., unit_aware=True)`"
+        )
+    return f"{text}another one. Check `loss_unit`"
+
+
+def _multiply(number: Any, factor: Any) -> Any:
+    """The product, in the dtype of the number. Nothing is done for a factor of one."""
+    if isinstance(factor, float) and factor == 1.0:
+        return number
+    return jnp.asarray(number * factor, jnp.result_type(number))
+
+
+def _divide(number: Any, factor: Any) -> Any:
+    if isinstance(factor, float) and factor == 1.0:
+        return number
+    return jnp.asarray(number / factor, jnp.result_type(number))

@@ -3,7 +3,7 @@
 import functools as ft
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 
 def quantity_test() -> Callable[[Any], bool] | None:
@@ -58,19 +58,44 @@ def divide_units(unit: Any, by: Any) -> tuple[float, Any]:
     return 1.0, quotient
 
 
-def find_factors(units: Sequence[Any], text: str, names: Sequence[str]) -> list[float]:
-    """What converts numbers in these units to the first one.
-
-    Raises brainunit's error if they have several dimensions, which opens with `text`.
-    """
-    if all(unit is None for unit in units):
-        return [1.0] * len(units)
+def find_factor(unit: Any, to: Any) -> float | None:
+    """What converts a number in one unit to another, or `None` if their dimensions differ."""
+    if unit is None and to is None:
+        return 1.0
     import brainunit
 
-    units = [brainunit.UNITLESS if unit is None else unit for unit in units]
-    if not all(units[0].has_same_dim(unit) for unit in units):
-        listed = ", ".join(
-            f"`{name}` in {unit}" for name, unit in zip(names, units, strict=True)
-        )
-        raise brainunit.UnitMismatchError(f"{text} Got {listed}", *units)
-    return [unit.magnitude / units[0].magnitude for unit in units]
+    unit, to = (brainunit.UNITLESS if each is None else each for each in (unit, to))
+    return unit.magnitude / to.magnitude if unit.has_same_dim(to) else None
+
+
+def raise_mismatch(text: str, *units: Any) -> NoReturn:
+    """Raises the error of brainunit, which appends the units and a full stop."""
+    import brainunit
+
+    units = tuple([brainunit.UNITLESS if unit is None else unit for unit in units])
+    raise brainunit.UnitMismatchError(text, *units)
+
+
+def find_factors(units: Sequence[Any], text: str, names: Sequence[str]) -> list[float]:
+    """What converts numbers in these units to the first one, which share a dimension.
+
+    Where they do not, an error that opens with `text` names them.
+    """
+    factors = [find_factor(unit, units[0]) for unit in units]
+    if any(factor is None for factor in factors):
+        listed = [
+            f"`{name}` in {'1' if unit is None else unit}"
+            for name, unit in zip(names, units, strict=True)
+        ]
+        raise_mismatch(f"{text} Got {', '.join(listed)}", *units)
+    return [factor for factor in factors if factor is not None]
+
+
+def parse_unit(unit: Any, caller: str) -> Any:
+    if unit is None:
+        return None
+    import brainunit
+
+    if not isinstance(unit, brainunit.Unit):
+        raise TypeError(f"`{caller}` must be a unit, such as `brainunit.mvolt`. Got {unit!r}.")
+    return unit
