@@ -1,0 +1,400 @@
+"""Optax on parameters with units: the fit is the same in whatever units they are written."""
+
+from typing import Any, NamedTuple
+
+import brainunit as u
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import vgrad_eqx as vg
+
+from .helpers import tree_allclose
+
+
+# Updates of optax are typed as trees in which nothing can be looked up.
+unitful: Any = vg.unitful
+
+SI = {"current": [2e-9], "resistance": [5e6], "tau": [0.02, 0.03], "gain": [1.0, 2.0, 0.5]}
+SPELLINGS = {
+    "small": {"current": u.nA, "resistance": u.Mohm, "tau": u.ms, "loss": u.mvolt**2},
+    "large": {"current": u.amp, "resistance": u.ohm, "tau": u.second, "loss": u.volt**2},
+    "odd": {"current": u.uA, "resistance": u.kohm, "tau": u.us, "loss": u.volt * u.mvolt},
+}
+LOSS_UNIT = u.mvolt**2
+SCALE = {"current": 1.0 * u.nA, "resistance": 2e6 * u.ohm, "tau": 10.0 * u.ms, "gain": 0.5}
+
+
+def make_params(spelling):
+    return {
+        name: jnp.asarray(number)
+        if name == "gain"
+        else jnp.asarray(number) / spelling[name].magnitude * spelling[name]
+        for name, number in SI.items()
+    }
+
+
+def make_loss(spelling):
+    """A smooth loss in squared volts, with its least value elsewhere."""
+
+    def loss(params):
+        voltage = params["resistance"] * params["current"] * params["gain"]
+        slow = (params["tau"] / (25.0 * u.ms)) ** 2 - 1
+        total = (voltage - 14.0 * u.mvolt) ** 2
+        total = total.sum() + 3.0 * (u.mvolt**2) * jnp.sum(slow**2)
+        return total.in_unit(spelling["loss"])
+
+    return loss
+
+
+def si(params):
+    return {
+        name: u.get_mantissa(leaf) * u.get_unit(leaf).magnitude for name, leaf in params.items()
+    }
+
+
+def fit(tx, spelling, steps=4, scale=None):
+    """The parameters after some steps, in SI units, relative to those at the start."""
+    params, loss = make_params(spelling), make_loss(spelling)
+    tx = unitful(tx, LOSS_UNIT, scale)
+    opt_state = tx.init(params)
+    gradient = vg.vector_grad(lambda p: loss(p), "**", return_value=True, unit_aware=True)
+
+    @jax.jit
+    def step(params, opt_state):
+        grads, value = gradient(params)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, value=value, grad=grads, value_fn=loss
+        )
+        return vg.apply_updates(params, updates), opt_state
+
+    for _ in range(steps):
+        params, opt_state = step(params, opt_state)
+    assert all(u.get_unit(params[name]) == spelling[name] for name in SI if name != "gain")
+    return {name: value / jnp.asarray(SI[name]) for name, value in si(params).items()}
+
+
+is_even: Any = lambda step: step % 2 == 0
+
+
+class Row(NamedTuple):
+    """A transformation, and why its fit depends on the units where no scale is given."""
+
+    make: Any
+    why: str
+
+
+STEP_IS_ABSOLUTE = "a step has the size of the learning rate, in units of the parameter"
+GRADIENT_DESCENT = "a step is a gradient, which has the inverse unit of the parameter"
+NORM_MIXES = "a norm adds up parameters of several units"
+LINE_SEARCH = "the first direction of the search is a gradient"
+
+# All of optax that takes a gradient and can run alone. With a scale, each of them sees the
+# same numbers in all spellings, so all of them hold; without one, none does, but for those
+# that change nothing or only what is not there.
+TABLE = {
+    "adabelief": Row(lambda: optax.adabelief(0.1), STEP_IS_ABSOLUTE),
+    "adadelta": Row(lambda: optax.adadelta(1.0), STEP_IS_ABSOLUTE),
+    "adafactor": Row(lambda: optax.adafactor(0.1, min_dim_size_to_factor=2), STEP_IS_ABSOLUTE),
+    "adagrad": Row(lambda: optax.adagrad(0.1), STEP_IS_ABSOLUTE),
+    "adam": Row(lambda: optax.adam(0.1), STEP_IS_ABSOLUTE),
+    "adamax": Row(lambda: optax.adamax(0.1), STEP_IS_ABSOLUTE),
+    "adamaxw": Row(lambda: optax.adamaxw(0.1, weight_decay=0.1), STEP_IS_ABSOLUTE),
+    "adamw": Row(lambda: optax.adamw(0.1, weight_decay=0.1), STEP_IS_ABSOLUTE),
+    "adan": Row(lambda: optax.adan(0.1), STEP_IS_ABSOLUTE),
+    "amsgrad": Row(lambda: optax.amsgrad(0.1), STEP_IS_ABSOLUTE),
+    "fromage": Row(lambda: optax.fromage(0.01), NORM_MIXES),
+    "lamb": Row(lambda: optax.lamb(0.1, weight_decay=0.1), STEP_IS_ABSOLUTE),
+    "lars": Row(lambda: optax.lars(0.1), STEP_IS_ABSOLUTE),
+    "lion": Row(lambda: optax.lion(0.1), STEP_IS_ABSOLUTE),
+    "lbfgs with zoom line search": Row(lambda: optax.lbfgs(), LINE_SEARCH),
+    "lbfgs without": Row(lambda: optax.lbfgs(0.01, linesearch=None), LINE_SEARCH),
+    "backtracking line search": Row(
+        lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10)),
+        LINE_SEARCH,
+    ),
+    "momentum": Row(lambda: optax.sgd(1e-3, momentum=0.9), GRADIENT_DESCENT),
+    "nadam": Row(lambda: optax.nadam(0.1), STEP_IS_ABSOLUTE),
+    "nadamw": Row(lambda: optax.nadamw(0.1, weight_decay=0.1), STEP_IS_ABSOLUTE),
+    "nesterov": Row(lambda: optax.sgd(1e-3, 0.9, nesterov=True), GRADIENT_DESCENT),
+    "noisy_sgd": Row(lambda: optax.noisy_sgd(1e-3, key=jax.random.key(0)), GRADIENT_DESCENT),
+    "novograd": Row(lambda: optax.novograd(0.1), STEP_IS_ABSOLUTE),
+    "optimistic_gradient_descent": Row(
+        lambda: optax.optimistic_gradient_descent(1e-3), GRADIENT_DESCENT
+    ),
+    "optimistic_adam": Row(lambda: optax.optimistic_adam_v2(0.1), STEP_IS_ABSOLUTE),
+    "polyak_sgd": Row(lambda: optax.polyak_sgd(1.0), NORM_MIXES),
+    "radam": Row(lambda: optax.radam(0.1), STEP_IS_ABSOLUTE),
+    "rmsprop": Row(lambda: optax.rmsprop(0.1), STEP_IS_ABSOLUTE),
+    "rmsprop, centered": Row(
+        lambda: optax.rmsprop(0.1, centered=True, momentum=0.9), STEP_IS_ABSOLUTE
+    ),
+    "rprop": Row(lambda: optax.rprop(0.1), STEP_IS_ABSOLUTE),
+    "sgd": Row(lambda: optax.sgd(1e-3), GRADIENT_DESCENT),
+    "sign_sgd": Row(lambda: optax.sign_sgd(0.1), STEP_IS_ABSOLUTE),
+    "signum": Row(lambda: optax.signum(0.1), STEP_IS_ABSOLUTE),
+    "sm3": Row(lambda: optax.sm3(0.1), STEP_IS_ABSOLUTE),
+    "yogi": Row(lambda: optax.yogi(0.1), STEP_IS_ABSOLUTE),
+    "adaptive_grad_clip": Row(
+        lambda: optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)), NORM_MIXES
+    ),
+    "add_decayed_weights": Row(
+        lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1e-3)), GRADIENT_DESCENT
+    ),
+    "add_noise": Row(
+        lambda: optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(1e-3)),
+        GRADIENT_DESCENT,
+    ),
+    "apply_every": Row(
+        lambda: optax.chain(optax.apply_every(2), optax.sgd(1e-3)), GRADIENT_DESCENT
+    ),
+    "apply_if_finite": Row(lambda: optax.apply_if_finite(optax.adam(0.1), 3), STEP_IS_ABSOLUTE),
+    "centralize": Row(
+        lambda: optax.chain(optax.centralize(), optax.sgd(1e-3)), GRADIENT_DESCENT
+    ),
+    "clip": Row(lambda: optax.chain(optax.clip(1.0), optax.sgd(0.1)), STEP_IS_ABSOLUTE),
+    "clip_by_block_rms": Row(
+        lambda: optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1)), STEP_IS_ABSOLUTE
+    ),
+    "clip_by_global_norm": Row(
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), NORM_MIXES
+    ),
+    "conditionally_mask": Row(
+        lambda: optax.conditionally_mask(optax.sgd(1e-3), is_even),
+        GRADIENT_DESCENT,
+    ),
+    "conditionally_transform": Row(
+        lambda: optax.chain(
+            optax.conditionally_transform(optax.scale(0.5), is_even),
+            optax.sgd(1e-3),
+        ),
+        GRADIENT_DESCENT,
+    ),
+    "ema": Row(lambda: optax.chain(optax.ema(0.9), optax.sgd(1e-3)), GRADIENT_DESCENT),
+    "flatten": Row(lambda: optax.flatten(optax.adam(0.1)), STEP_IS_ABSOLUTE),
+    "inject_hyperparams": Row(
+        lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.1), STEP_IS_ABSOLUTE
+    ),
+    "keep_params_nonnegative": Row(
+        lambda: optax.chain(optax.adam(0.6), optax.keep_params_nonnegative()), STEP_IS_ABSOLUTE
+    ),
+    "masked": Row(
+        lambda: optax.chain(
+            optax.masked(optax.adam(0.1), {name: name != "tau" for name in SI}),
+            optax.masked(optax.scale(1e-4), {name: name == "tau" for name in SI}),
+        ),
+        STEP_IS_ABSOLUTE,
+    ),
+    "MultiSteps": Row(
+        lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+        STEP_IS_ABSOLUTE,
+    ),
+    "named_chain": Row(
+        lambda: optax.named_chain(
+            ("adam", optax.scale_by_adam()), ("scale", optax.scale(-0.1))
+        ),
+        STEP_IS_ABSOLUTE,
+    ),
+    "normalize_by_update_norm": Row(
+        lambda: optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)), NORM_MIXES
+    ),
+    "partition": Row(
+        lambda: optax.partition(
+            {"fast": optax.adam(0.2), "slow": optax.sgd(1e-3)},
+            lambda params: {name: "slow" if name == "tau" else "fast" for name in params},
+        ),
+        STEP_IS_ABSOLUTE,
+    ),
+    "schedule": Row(lambda: optax.adam(optax.cosine_decay_schedule(0.2, 4)), STEP_IS_ABSOLUTE),
+    "skip_not_finite": Row(
+        lambda: optax.MultiSteps(
+            optax.adam(0.1), 1, should_skip_update_fn=optax.skip_not_finite
+        ).gradient_transformation(),
+        STEP_IS_ABSOLUTE,
+    ),
+    "trace": Row(lambda: optax.chain(optax.trace(0.9), optax.scale(-1e-3)), GRADIENT_DESCENT),
+    "zero_nans": Row(lambda: optax.chain(optax.zero_nans(), optax.adam(0.1)), STEP_IS_ABSOLUTE),
+}
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+def test_with_a_scale_the_fit_does_not_depend_on_the_units(row):
+    reference, *others = [fit(row.make(), each, scale=SCALE) for each in SPELLINGS.values()]
+    assert max(float(jnp.max(jnp.abs(value - 1))) for value in reference.values()) > 1e-4
+    for other in others:
+        assert tree_allclose(other, reference, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["sgd", "adam", "lion", "clip_by_global_norm", "lbfgs without"]
+)
+def test_without_a_scale_it_does(name):
+    small, large, _ = [fit(TABLE[name].make(), each, steps=2) for each in SPELLINGS.values()]
+    assert not tree_allclose(small, large, rtol=1e-2, atol=1e-2), TABLE[name].why
+
+
+def make_problem():
+    params = {"tau": jnp.array([20.0, 30.0]) * u.ms, "gain": jnp.ones(2)}
+
+    def loss(params):
+        return (params["gain"] * params["tau"] - 10.0 * u.ms) ** 2
+
+    return params, vg.vector_grad(loss, "**", unit_aware=True)(params), loss
+
+
+def test_updates_have_the_unit_of_the_parameter():
+    params, grads, _ = make_problem()
+    tx = unitful(optax.sgd(0.5), u.ms**2, {"tau": 2.0 * u.second})
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert u.get_unit(updates["tau"]) == u.ms
+    expected = -0.5 * u.get_mantissa(grads["tau"]) * 2000.0**2
+    assert tree_allclose(u.get_mantissa(updates["tau"]), expected)
+    assert tree_allclose(updates["gain"], -0.5 * u.get_mantissa(grads["gain"]))
+    apply_updates: Any = optax.apply_updates
+    assert u.get_unit(apply_updates(params, updates)["tau"]) == u.ms
+
+
+def test_a_scale_may_be_an_array():
+    params, grads, _ = make_problem()
+    tx = unitful(optax.adam(0.1), u.ms**2, {"tau": jnp.array([10.0, 1.0]) * u.ms})
+    updates, _ = tx.update(grads, tx.init(params))
+    assert tree_allclose(u.get_mantissa(updates["tau"]), -0.1 * jnp.array([10.0, 1.0]))
+
+
+def test_arrays_are_optimized_as_by_optax():
+    params = {"w": jnp.array([1.0, 2.0])}
+    tx, ours = optax.adamw(0.1), unitful(optax.adamw(0.1))
+    expected, _ = tx.update(params, tx.init(params), params)
+    updates, _ = ours.update(params, ours.init(params), params)
+    assert tree_allclose(updates, expected)
+
+
+def test_dtypes_stay():
+    params = {"tau": jnp.ones(2, "bfloat16") * u.ms}
+    tx = unitful(optax.sgd(0.5), u.mvolt, {"tau": jnp.ones(2) * u.second})
+    grads = {"tau": jnp.ones(2, "bfloat16") * u.mvolt / u.ms}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["tau"].dtype == jnp.bfloat16
+
+
+def test_the_checks_leave_nothing_in_the_program():
+    params, grads, _ = make_problem()
+    bare = {path: u.get_mantissa(leaf) for path, leaf in params.items()}
+
+    def count(tx, params, grads):
+        update = lambda params, grads: tx.update(grads, tx.init(params), params)[0]
+        return len(jax.make_jaxpr(update)(params, grads).eqns)
+
+    assert count(unitful(optax.adam(0.1), u.ms**2), params, grads) == count(
+        optax.adam(0.1), bare, {path: u.get_mantissa(leaf) for path, leaf in grads.items()}
+    )
+
+
+def test_one_trace_per_unit_and_the_state_can_be_carried():
+    params, _, loss = make_problem()
+    tx = unitful(optax.adam(0.1), u.ms**2)
+    gradient = vg.vector_grad(loss, "**", unit_aware=True)
+
+    def step(carry, _):
+        params, opt_state = carry
+        updates, opt_state = tx.update(gradient(params), opt_state, params)
+        return (vg.apply_updates(params, updates), opt_state), None
+
+    carry = (params, tx.init(params))
+    scanned, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3))(carry)
+    for _ in range(3):
+        carry, _ = step(carry, None)
+    assert tree_allclose(si(scanned[0]), si(carry[0]))
+    assert int(optax.tree.get(carry[1], "count")) == 3
+
+
+def update(tx, grads, **extra_args):
+    params, _, _ = make_problem()
+    return tx.update(grads, tx.init(params), params, **extra_args)
+
+
+def with_tau(grad):
+    return {**make_problem()[1], "tau": grad}
+
+
+REFUSED_GRADS = {
+    "own unit": (
+        with_tau(jnp.ones(2) * u.second),
+        "Got one in the unit of the parameter, as `jax.grad` makes it. Differentiate by",
+    ),
+    "bare": (with_tau(jnp.ones(2)), "one without a unit. Differentiate with `unit_aware=True`"),
+    "other unit": (with_tau(jnp.ones(2) * u.mvolt), "Got another one. Check `loss_unit`"),
+}
+
+
+@pytest.mark.parametrize(("grads", "match"), REFUSED_GRADS.values(), ids=REFUSED_GRADS.keys())
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_gradients_that_are_refused(grads, match, compiled):
+    # The square of a volt, so that the unit of the parameter is not that of the gradient.
+    tx = unitful(optax.adam(0.1), u.mvolt**2)
+    call = (
+        jax.jit(lambda grads: update(tx, grads))
+        if compiled
+        else lambda grads: update(tx, grads)
+    )
+    match = f"gradient at `tau` in the unit of the loss over that of the parameter. .*{match}"
+    with pytest.raises(u.UnitMismatchError, match=match):
+        call({**grads, "gain": jnp.ones(2) * u.mvolt**2})
+
+
+def test_a_gradient_in_the_own_unit_is_right_for_a_loss_of_its_square():
+    params, grads, _ = make_problem()
+    assert u.get_unit(grads["tau"]) == u.get_unit(params["tau"])
+    updates, _ = update(unitful(optax.sgd(1.0), u.ms**2), grads)
+    assert tree_allclose(u.get_mantissa(updates["tau"]), -u.get_mantissa(grads["tau"]))
+
+
+@pytest.mark.parametrize("loss_unit", [None, u.ms, u.mvolt**2], ids=str)
+def test_a_wrong_loss_unit_is_refused(loss_unit):
+    _, grads, _ = make_problem()
+    with pytest.raises(u.UnitMismatchError, match="Check `loss_unit`|in the unit of the param"):
+        update(unitful(optax.adam(0.1), loss_unit), grads)
+
+
+def test_a_value_of_another_dimension_is_refused():
+    _, grads, loss = make_problem()
+    tx = unitful(optax.lbfgs(), u.ms**2)
+    match = (
+        r"`unitful\(loss_unit=...\)` must have the dimension of the loss. Got `loss_unit` in"
+    )
+    with pytest.raises(u.UnitMismatchError, match=match):
+        update(tx, grads, value=1.0 * u.ms, grad=grads, value_fn=loss)
+    with pytest.raises(u.UnitMismatchError, match=match):
+        update(tx, grads, value=1.0 * u.ms**2, grad=grads, value_fn=lambda p: 1.0 * u.ms)
+
+
+def test_a_parameter_in_another_unit_than_on_init_is_refused():
+    params, grads, _ = make_problem()
+    tx = unitful(optax.adam(0.1), u.ms**2)
+    opt_state = tx.init(params)
+    for tau in (params["tau"].in_unit(u.second), u.get_mantissa(params["tau"])):
+        with pytest.raises(
+            u.UnitMismatchError, match="parameter at `tau` in the unit that it had"
+        ):
+            tx.update(grads, opt_state, {**params, "tau": tau})
+
+
+def test_a_scale_of_another_dimension_is_refused():
+    params, _, _ = make_problem()
+    for scale in ({"tau": 1.0 * u.mvolt}, {"tau": 1.0}, {"gain": 1.0 * u.ms}):
+        (name,) = scale
+        match = rf"`unitful\(scale=...\)` at `{name}` must have the dimension of the parameter"
+        with pytest.raises(u.UnitMismatchError, match=match):
+            unitful(optax.adam(0.1), u.ms**2, scale).init(params)
+
+
+def test_a_scale_at_an_unknown_path_is_refused():
+    params, _, _ = make_problem()
+    tx = unitful(optax.adam(0.1), u.ms**2, {"taw": 1.0 * u.ms})
+    with pytest.raises(ValueError, match="Got `taw`. Its nearest paths are `tau`"):
+        tx.init(params)
+
+
+def test_a_loss_unit_that_is_no_unit_is_refused():
+    with pytest.raises(TypeError, match=r"`unitful\(loss_unit=...\)` must be a unit, .* Got 3"):
+        unitful(optax.adam(0.1), 3)
