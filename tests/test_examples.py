@@ -48,3 +48,32 @@ def test_rnn_state_fails_above_its_error(tmp_path):
     result = run("rnn_state.py", "--epochs", "1", cwd=tmp_path)
     assert result.returncode == 1
     assert "The relative error is above 0.5" in result.stderr
+
+
+def test_membrane_finds_the_parameters_in_either_unit(tmp_path):
+    result = run("membrane.py", "--seed", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Mohm" in result.stdout
+    assert "Gohm" in result.stdout
+    assert "fitting in Gohm: 100%" in result.stderr
+    assert (tmp_path / "membrane.png").stat().st_size > 10_000
+
+
+def test_membrane_fails_when_it_is_not_fitted(tmp_path):
+    result = run("membrane.py", "--steps", "2", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "is off by more than 3%" in result.stderr
+
+
+def test_hodgkin_huxley_agrees_with_scipy(tmp_path):
+    result = run("hodgkin_huxley.py", "--duration", "30", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "largest shift of one: 0.0" in result.stdout
+    assert "simulating: 100%" in result.stderr
+    assert (tmp_path / "hodgkin_huxley.png").stat().st_size > 10_000
+
+
+def test_hodgkin_huxley_fails_with_large_steps(tmp_path):
+    result = run("hodgkin_huxley.py", "--step", "0.02", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "That is more than 0.05 ms or 1. mV." in result.stderr

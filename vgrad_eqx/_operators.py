@@ -81,8 +81,9 @@ def vector_grad(
     - `return_value`: whether to return the output of `func` as well.
     - `has_aux`: whether `func` returns a pair `(value, aux)`, of which only `value` is
         differentiated. `aux` may hold anything.
-    - `unit_aware`: whether a gradient carries the unit of `y` over that of `θ`. Arrays
-        have no unit, so for them it makes no difference.
+    - `unit_aware`: whether a gradient carries the unit of `y` over that of `θ`. If `False`,
+        it is the number of that same gradient. For arrays without units, it makes no
+        difference.
     - `check_states`: whether to refuse selected leaves on which the output of `func` does
         not depend, and states by reference that it does not touch. Leaves are checked once
         for each structure of the arguments, and not at all where `func` cannot be traced.
@@ -110,7 +111,9 @@ def vector_grad(
         of the argument, with `None` at each leaf that is no inexact array. An
         argument that is a Python float or complex is differentiated.
 
-    A gradient has the shape and dtype of its leaf. For a complex leaf it follows JAX's
+    A gradient has the shape and dtype of its leaf. If `unit_aware`, it has the unit of the
+    output over that of the leaf, and is a plain array where these have one dimension. Outputs
+    in several units of one dimension are added up in the unit of the first. For a complex leaf it follows JAX's
     convention: for a real output, descend along its conjugate. Without `func`, it
     returns a decorator.
 
@@ -128,6 +131,7 @@ def vector_grad(
         state tree; for a selector that chooses no inexact array; if two leaves have one path;
         for a selected leaf on which the output does not depend; or for a state that is not
         touched, or set under `jax.vmap`.
+    - `brainunit.UnitMismatchError`: on calling, for outputs of several dimensions.
     - `FloatingPointError`: at run time, with `debug_nan`; from compiled code as a
         `jax.errors.JaxRuntimeError` that quotes it.
 
@@ -149,6 +153,10 @@ def vector_grad(
         >>> scale = vg.State(jnp.array(2.0))
         >>> float(vg.vector_grad(lambda x: scale.value * x, scale)(jnp.array([3.0, 4.0])))
         7.0
+        >>> import brainunit as u
+        >>> tau = jnp.array([3.0, 4.0]) * u.ms
+        >>> print(vg.vector_grad(lambda tau: u.volt * tau / u.ms**3, unit_aware=True)(tau))
+        [1. 1.] V / ms^3
 
     **Source:** `brainstate.transform.vector_grad`, brainstate 0.5, for the signature and the
     order of results; `equinox.filter_vjp`, equinox 0.13, for what is differentiable.

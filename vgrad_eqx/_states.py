@@ -28,8 +28,8 @@ def states(tree: Any, selector: Any = True) -> dict[str, Any]:
 
     **Returns:**
 
-    A flat dict `{path: leaf}` in leaf order, of inexact arrays. Integers, PRNG keys,
-    functions and Python numbers are never in it. Any optax transformation takes it as
+    A flat dict `{path: leaf}` in leaf order, of inexact arrays, and of Quantities as they are.
+    Integers, PRNG keys, functions and bare Python numbers are never in it. Any optax transformation takes it as
     its parameters. Where the selector chooses states by reference, `{path: State}`.
 
     **Raises:**
@@ -61,7 +61,8 @@ def replace_states(tree: Any, values: Mapping[str, Any]) -> Any:
 
     - `tree`: any pytree.
     - `values`: a dict `{path: value}`, each value of the shape and dtype of the leaf
-        that it replaces. Leaves without a value stay as they are.
+        that it replaces. A Quantity is converted to the unit of its leaf. Leaves without a
+        value stay as they are.
 
     **Returns:**
 
@@ -72,6 +73,7 @@ def replace_states(tree: Any, values: Mapping[str, Any]) -> Any:
     - `TypeError`: if `values` is no dict.
     - `ValueError`: if a path names no inexact array of `tree`, or a value has another
         shape or dtype than its leaf. Nothing is replaced then.
+    - `brainunit.UnitMismatchError`: if a value has another dimension than its leaf.
 
     **Example:**
 
@@ -93,8 +95,8 @@ def apply_updates(tree: Any, updates: Any) -> Any:
     **Arguments:**
 
     - `tree`: any pytree.
-    - `updates`: a dict `{path: update}`, each update of the shape of its leaf. Leaves
-        without an update stay as they are.
+    - `updates`: a dict `{path: update}`, each update of the shape of its leaf. A Quantity is
+        converted to the unit of its leaf. Leaves without an update stay as they are.
 
     **Returns:**
 
@@ -107,6 +109,7 @@ def apply_updates(tree: Any, updates: Any) -> Any:
     - `ValueError`: if a path names no inexact array of `tree`, or an update has another
         shape than its leaf, is not inexact, or is complex where the leaf is real.
         Nothing is updated then.
+    - `brainunit.UnitMismatchError`: if an update has another dimension than its leaf.
 
     **Example:**
 
