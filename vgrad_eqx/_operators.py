@@ -113,9 +113,9 @@ def vector_grad(
 
     A gradient has the shape and dtype of its leaf. If `unit_aware`, it has the unit of the
     output over that of the leaf, and is a plain array where these have one dimension. Outputs
-    in several units of one dimension are added up in the unit of the first. For a complex leaf it follows JAX's
-    convention: for a real output, descend along its conjugate. Without `func`, it
-    returns a decorator.
+    in several units of one dimension are added up in the unit of the first. For a complex
+    leaf it follows JAX's convention: for a real output, descend along its conjugate. Without
+    `func`, it returns a decorator.
 
     States by reference that `func` sets are set after the call. A `func` that uses any is
     traced at each call.

@@ -29,8 +29,9 @@ def states(tree: Any, selector: Any = True) -> dict[str, Any]:
     **Returns:**
 
     A flat dict `{path: leaf}` in leaf order, of inexact arrays, and of Quantities as they are.
-    Integers, PRNG keys, functions and bare Python numbers are never in it. Any optax transformation takes it as
-    its parameters. Where the selector chooses states by reference, `{path: State}`.
+    Integers, PRNG keys, functions and bare Python numbers are never in it. Any optax
+    transformation takes it as its parameters, Quantities inside of [`vgrad_eqx.unitful`][].
+    Where the selector chooses states by reference, `{path: State}`.
 
     **Raises:**
 
