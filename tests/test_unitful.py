@@ -123,7 +123,6 @@ TABLE = {
     "optimistic_gradient_descent": Row(
         lambda: optax.optimistic_gradient_descent(1e-3), GRADIENT_DESCENT
     ),
-    "optimistic_adam": Row(lambda: optax.optimistic_adam_v2(0.1), STEP_IS_ABSOLUTE),
     "polyak_sgd": Row(lambda: optax.polyak_sgd(1.0), NORM_MIXES),
     "radam": Row(lambda: optax.radam(0.1), STEP_IS_ABSOLUTE),
     "rmsprop": Row(lambda: optax.rmsprop(0.1), STEP_IS_ABSOLUTE),
@@ -133,11 +132,10 @@ TABLE = {
     "rprop": Row(lambda: optax.rprop(0.1), STEP_IS_ABSOLUTE),
     "sgd": Row(lambda: optax.sgd(1e-3), GRADIENT_DESCENT),
     "sign_sgd": Row(lambda: optax.sign_sgd(0.1), STEP_IS_ABSOLUTE),
-    "signum": Row(lambda: optax.signum(0.1), STEP_IS_ABSOLUTE),
     "sm3": Row(lambda: optax.sm3(0.1), STEP_IS_ABSOLUTE),
     "yogi": Row(lambda: optax.yogi(0.1), STEP_IS_ABSOLUTE),
     "adaptive_grad_clip": Row(
-        lambda: optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)), RELATIVE, True
+        lambda: optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)), GRADIENT_DESCENT
     ),
     "add_decayed_weights": Row(
         lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1e-3)), GRADIENT_DESCENT
@@ -215,6 +213,13 @@ TABLE = {
     ),
     "trace": Row(lambda: optax.chain(optax.trace(0.9), optax.scale(-1e-3)), GRADIENT_DESCENT),
     "zero_nans": Row(lambda: optax.chain(optax.zero_nans(), optax.adam(0.1)), STEP_IS_ABSOLUTE),
+}
+
+# These came with later versions.
+TABLE |= {
+    name: Row(lambda name=name: getattr(optax, name)(0.1), STEP_IS_ABSOLUTE)
+    for name in ("optimistic_adam_v2", "signum")
+    if hasattr(optax, name)
 }
 
 
