@@ -392,6 +392,14 @@ def test_a_parameter_in_another_unit_than_on_init_is_refused():
             tx.update(grads, opt_state, {**params, "tau": tau})
 
 
+def test_a_path_that_was_not_there_on_init_is_refused():
+    _, grads, _ = make_problem()
+    with pytest.raises(
+        ValueError, match="had on `init`. Got one at `other`, beside `gain`, `tau`"
+    ):
+        update(unitful(optax.adam(0.1), u.ms**2), {**grads, "other": jnp.ones(2)})
+
+
 def test_a_scale_of_another_dimension_is_refused():
     params, _, _ = make_problem()
     for scale in ({"tau": 1.0 * u.mvolt}, {"tau": 1.0}, {"gain": 1.0 * u.ms}):

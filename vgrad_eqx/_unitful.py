@@ -64,7 +64,8 @@ def unitful(
     **Raises:**
 
     - `TypeError`: if `loss_unit` is no unit.
-    - `ValueError`: on `init`, for a scale at an unknown path.
+    - `ValueError`: on `init`, for a scale at an unknown path; on `update`, for a gradient or
+        a parameter at a path that was not there on `init`.
     - `brainunit.UnitMismatchError`: on `init`, for a scale of another dimension than its
         parameter; on `update`, for a gradient that is not in the unit of the loss over that
         of the parameter, or a parameter whose unit is another one than on `init`.
@@ -132,7 +133,7 @@ class _Scaling:
     def shrink_params(self, params: Any, units: dict[str, Any]) -> Any:
         def shrink(name: str, leaf: Any) -> Any:
             number, unit = split_unit(leaf)
-            if unit != units[name]:
+            if unit != _find_unit(name, units):
                 raise_mismatch(
                     f"`unitful(...)` needs the parameter at `{name}` in the unit that it had "
                     "on `init`. Make another state by `init`",
@@ -146,7 +147,7 @@ class _Scaling:
     def shrink_grads(self, grads: Any, units: dict[str, Any]) -> Any:
         def shrink(name: str, leaf: Any) -> Any:
             number, unit = split_unit(leaf)
-            expected = find_quotient(self._loss_unit, units[name])
+            expected = find_quotient(self._loss_unit, _find_unit(name, units))
             factor = find_factor(unit, expected)
             if factor is None:
                 raise_mismatch(_explain(name, unit, units[name]), expected, unit)
@@ -196,6 +197,16 @@ class _Scaling:
 def _map(func: Callable[[str, Any], Any], tree: Any) -> Any:
     flat = FlatTree(tree)
     return flat.unflatten(list(map(func, flat.names, flat.leaves)))
+
+
+def _find_unit(name: str, units: dict[str, Any]) -> Any:
+    if name not in units:
+        known = ", ".join(f"`{path}`" for path in units)
+        raise ValueError(
+            "`unitful(...)` needs gradients and parameters of the structure that the "
+            f"parameters had on `init`. Got one at `{name}`, beside {known}."
+        )
+    return units[name]
 
 
 def _explain(name: str, unit: Any, param_unit: Any) -> str:
