@@ -48,11 +48,14 @@ class FlatTree:
     @ft.cached_property
     def differentiable(self) -> list[int]:
         """The indices of the leaves that can be trained: inexact arrays and Quantities."""
-        kinds = [(type(leaf), getattr(leaf, "dtype", None)) for leaf in self.leaves]
-        samples = dict(zip(kinds, self.leaves, strict=True))
+        types = list(map(type, self.leaves))
+        dtypes = [getattr(leaf, "dtype", None) for leaf in self.leaves]
+        samples = dict(zip(zip(types, dtypes, strict=True), self.leaves, strict=True))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in samples.values()):
             return [i for i, leaf in enumerate(self.leaves) if _can_train(leaf)]
         inexact = {kind for kind, leaf in samples.items() if _can_train(leaf)}
+        # No list of pairs, which would set off the garbage collector in a large model.
+        kinds = zip(types, dtypes, strict=True)
         return [i for i, kind in enumerate(kinds) if kind in inexact]
 
     @ft.cached_property

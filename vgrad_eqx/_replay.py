@@ -56,10 +56,11 @@ def _find_last_uses(jaxpr: Any) -> dict[Any, int]:
 
 def find_written(jaxpr_or_eqn: Any, inputs: Sequence[Any]) -> list[bool]:
     """Which inputs of a jaxpr or an equation are references that it writes."""
+    # JAX exports none of these types. One that is not known is taken for a write.
     written = {
         id(effect.input)
         for effect in jaxpr_or_eqn.effects
-        if type(effect).__name__ in ("WriteEffect", "AccumEffect")
+        if hasattr(effect, "input") and type(effect).__name__ != "ReadEffect"
     }
     return [id(var) in written for var in inputs]
 
