@@ -11,7 +11,7 @@ from ._output import Output, split_output
 from ._parts import ArgPart, Part, RefPart, StatePart
 from ._state import read, write
 from ._trace import describe_call, Trace, trace
-from ._units import attach_unit, divide_units, split_unit
+from ._units import attach_unit, divide_units, scale_number, split_unit
 
 
 # Takes a function of flat arrays, which returns a tuple to differentiate and other arrays,
@@ -92,7 +92,7 @@ class Call:
         grads = list(grads)
         for i, by in enumerate(self._units):
             factor, unit = divide_units(self.output.unit, by)
-            number = grads[i] if factor == 1.0 else grads[i] * factor
+            number = scale_number(grads[i], factor)
             grads[i] = attach_unit(number, unit) if unit_aware else number
         return [part.collect(values) for part, values in self._share(grads)]
 

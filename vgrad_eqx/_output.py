@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._flat import FlatTree, is_scalar, put
-from ._units import attach_unit, find_factors, split_unit
+from ._units import attach_unit, find_factors, scale_number, split_unit
 
 
 class Output(NamedTuple):
@@ -59,7 +59,7 @@ def split_output(
         f"`{name}(func=...)` must return outputs of one dimension, because it adds them up.",
         [flat.names[i] for i in indices],
     )
-    diff = tuple([x if f == 1.0 else x * f for x, f in zip(numbers, factors, strict=True)])
+    diff = tuple(map(scale_number, numbers, factors))
     places = [i if f == 1.0 else None for i, f in zip(indices, factors, strict=True)]
     value_leaves = [None if i in places else leaf for i, leaf in enumerate(flat.leaves)]
     others, structure = jtu.tree_flatten((value_leaves, aux))

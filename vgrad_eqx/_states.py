@@ -10,7 +10,7 @@ from ._flat import near_misses
 from ._flatten import flatten
 from ._select import select, select_any
 from ._selector import as_selector
-from ._units import attach_unit, find_factors, split_unit
+from ._units import attach_unit, find_factors, scale_number, split_unit
 
 
 def states(tree: Any, selector: Any = True) -> dict[str, Any]:
@@ -201,4 +201,4 @@ def _convert(number: Any, unit: Any, to: Any, where: str) -> Any:
     """The number in another unit of the same dimension."""
     text = f"{where} must have the dimension of the leaf."
     _, factor = find_factors([to, unit], text, ["leaf", "value"])
-    return number if factor == 1.0 else number * factor
+    return scale_number(number, factor)

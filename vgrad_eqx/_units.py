@@ -40,14 +40,22 @@ def attach_unit(number: Any, unit: Any) -> Any:
     return brainunit.Quantity(number, unit=unit)
 
 
+def scale_number(number: Any, factor: float) -> Any:
+    """The product, for which nothing is done if the factor is one."""
+    return number if factor == 1.0 else number * factor
+
+
+def _as_unit(unit: Any) -> Any:
+    import brainunit
+
+    return brainunit.UNITLESS if unit is None else unit
+
+
 def find_quotient(unit: Any, by: Any) -> Any:
     """The quotient of two units, or `None` if neither is given."""
     if unit is None and by is None:
         return None
-    import brainunit
-
-    one = brainunit.UNITLESS
-    return (one if unit is None else unit) / (one if by is None else by)
+    return _as_unit(unit) / _as_unit(by)
 
 
 def divide_units(unit: Any, by: Any) -> tuple[float, Any]:
@@ -62,9 +70,7 @@ def find_factor(unit: Any, to: Any) -> float | None:
     """What converts a number in one unit to another, or `None` if their dimensions differ."""
     if unit is None and to is None:
         return 1.0
-    import brainunit
-
-    unit, to = (brainunit.UNITLESS if each is None else each for each in (unit, to))
+    unit, to = _as_unit(unit), _as_unit(to)
     return unit.magnitude / to.magnitude if unit.has_same_dim(to) else None
 
 
@@ -72,8 +78,7 @@ def raise_mismatch(text: str, *units: Any) -> NoReturn:
     """Raises the error of brainunit, which appends the units and a full stop."""
     import brainunit
 
-    units = tuple([brainunit.UNITLESS if unit is None else unit for unit in units])
-    raise brainunit.UnitMismatchError(text, *units)
+    raise brainunit.UnitMismatchError(text, *map(_as_unit, units))
 
 
 def find_factors(units: Sequence[Any], text: str, names: Sequence[str]) -> list[float]:
