@@ -3,15 +3,23 @@
 from importlib.metadata import version as _version
 
 from ._operators import vector_grad as vector_grad
+from ._norms import grad_norms as grad_norms
+from ._norms import plot_grad_norms as plot_grad_norms
+from ._optimizer import Optimizer as Optimizer
+from ._plan import Metrics as Metrics
 from ._selectors import at as at
 from ._selectors import instance as instance
 from ._selectors import leaf as leaf
 from ._selectors import path as path
 from ._state import State as State
+from ._state_optimizer import StateOptimizer as StateOptimizer
 from ._states import apply_updates as apply_updates
 from ._states import replace_states as replace_states
 from ._states import states as states
 from ._summary import summary as summary
+from ._train import train_step as train_step
+from ._train import TrainStep as TrainStep
+from ._train_state import TrainState as TrainState
 from ._transform import GradientTransform as GradientTransform
 from ._unitful import unitful as unitful
 

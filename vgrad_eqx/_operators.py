@@ -161,9 +161,9 @@ def vector_grad(
     **Source:** `brainstate.transform.vector_grad`, brainstate 0.5, for the signature and the
     order of results; `equinox.filter_vjp`, equinox 0.13, for what is differentiable.
     """
-    return _make_transform(
+    return make_transform(
         "vector_grad",
-        _pull_back_ones,
+        pull_back_ones,
         func,
         grad_states=grad_states,
         argnums=argnums,
@@ -175,12 +175,12 @@ def vector_grad(
     )
 
 
-def _pull_back_ones(func: Callable[..., Any], diff: Sequence[Any]) -> tuple[Any, Any, Any]:
+def pull_back_ones(func: Callable[..., Any], diff: Sequence[Any]) -> tuple[Any, Any, Any]:
     value, pull_back, arrays = jax.vjp(func, *diff, has_aux=True)
     return value, pull_back(tuple(map(jnp.ones_like, value))), arrays
 
 
-def _make_transform(
+def make_transform(
     name: str, rule: Rule, func: Any, grad_states: Any, argnums: Any, **options: Any
 ) -> Any:
     """Both forms of every operator, the call and the decorator, with options checked."""

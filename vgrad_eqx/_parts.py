@@ -148,6 +148,18 @@ class RefPart:
         }
         return [names[key] for key in self.refs]
 
+    def list_gradients(self, grads: Any) -> list[Any]:
+        """The inverse of `collect`: a gradient for each reference, in their order."""
+        entries = self._grad_states.structure.flatten_up_to(grads)
+        by_id = {
+            id(leaf): grad
+            for each, entry in zip(self._values, entries, strict=True)
+            for leaf, grad in zip(
+                each.leaves, each.structure.flatten_up_to(entry), strict=True
+            )
+        }
+        return [by_id[key] for key in self.refs]
+
     def find_untouched(self, touched: Iterable[jax.Ref]) -> list[str]:
         """The states of which no reference is among these."""
         ids = set(map(id, touched))

@@ -123,7 +123,7 @@ def apply_updates(tree: Any, updates: Any) -> Any:
         >>> vg.apply_updates(tree, updates)["a"].tolist()
         [0.5, 0.5]
     """
-    return _merge(tree, updates, "apply_updates(updates=...)", _add)
+    return _merge(tree, updates, "apply_updates(updates=...)", add)
 
 
 def _merge(
@@ -175,7 +175,8 @@ def _replace(leaf: Any, value: Any, where: str) -> Any:
     return attach_unit(new, unit)
 
 
-def _add(leaf: Any, update: Any, where: str) -> Any:
+def add(leaf: Any, update: Any, where: str) -> Any:
+    """The sum, in the dtype and the unit of the leaf."""
     if update is None:
         raise ValueError(f"{where} must be an array. Got None. Leave the path out instead.")
     old, unit = split_unit(leaf)

@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from ._replay import Cell, find_written, replay
+from ._state import read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,21 @@ def trace(func: Callable[..., Any], args: Sequence[Any]) -> Trace:
 
     jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
     return Trace(jaxpr, jtu.tree_structure(shapes), error)
+
+
+def call_with(
+    func: Callable[..., Any], values: dict[int, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Calls a function with other values in its references, by their `id`.
+
+    What it would set is thrown away.
+    """
+    traced = trace(lambda: func(*args, **kwargs), ())
+    if traced.error is not None:
+        raise traced.error
+    others = {id(ref): read(ref) for ref in traced.refs if id(ref) not in values}
+    output, _ = traced.call((), {**others, **values})
+    return output
 
 
 def describe_call(func: Callable[..., Any], *rest: Any) -> Any:

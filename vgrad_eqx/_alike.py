@@ -1,0 +1,82 @@
+"""Functions that are recognized by what they do rather than by their identity."""
+
+import functools as ft
+import types
+from typing import Any
+
+
+class Alike:
+    """A value that equals another one made of the same code with the same constants.
+
+    Each call of, say, `optax.adam(1e-3)` makes new functions, and to JAX a static value with
+    other functions is another program. These are equal, so nothing is traced again.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+        self._print = _fingerprint(value, {})
+        self._hash = hash(self._print)
+
+    def __eq__(self, other: Any) -> bool:
+        if not isinstance(other, Alike):
+            return NotImplemented
+        return self.value is other.value or self._print == other._print
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class _Same:
+    """An object that equals itself alone. It is kept alive, so that its `id` is not reused."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+def _fingerprint(value: Any, seen: dict[int, int]) -> Any:
+    """What tells a value apart, as something that can be hashed."""
+    if id(value) in seen:  # a function that refers to itself
+        return "seen", seen[id(value)]
+    parts = _take_apart(value)
+    if parts is not None:
+        seen = {**seen, id(value): len(seen)}
+        return type(value), *[_fingerprint(part, seen) for part in parts]
+    if isinstance(value, float | complex):
+        return type(value), repr(value)  # -0.0 is not 0.0, and a NaN is itself
+    try:
+        hash(value)
+    except TypeError:  # such as an array
+        return _Same(value)
+    return type(value), value
+
+
+def _take_apart(value: Any) -> Any:
+    if isinstance(value, types.FunctionType):
+        cells = [_read_cell(cell) for cell in value.__closure__ or ()]
+        names = _Same(value.__globals__)
+        return value.__code__, names, value.__defaults__, value.__kwdefaults__, *cells
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, ft.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, tuple | list):
+        return value
+    if isinstance(value, dict):
+        return [part for item in value.items() for part in item]
+    return None
+
+
+def _read_cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None

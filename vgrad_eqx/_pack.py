@@ -1,0 +1,61 @@
+"""Many arrays in few buffers, so that a compiled call has few arguments."""
+
+import itertools
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+# XLA fuses what it slices from a buffer into all that uses it. For few arrays this is
+# fast. For many it makes kernels that take several times as long to compile.
+_MOST_FUSED = 16
+
+
+class _Slot(NamedTuple):
+    """A buffer: where its arrays are among all, and their shapes."""
+
+    indices: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Packing:
+    """The way from arrays to buffers, one for each kind of array and each dtype."""
+
+    def __init__(self, kinds: Sequence[Hashable], arrays: Sequence[Any]):
+        slots: dict[Any, list[int]] = {}
+        for i, (kind, array) in enumerate(zip(kinds, arrays, strict=True)):
+            slots.setdefault((kind, jnp.dtype(array.dtype)), []).append(i)
+        self._num_arrays = len(arrays)
+        self._slots = [
+            _Slot(tuple(indices), tuple([arrays[i].shape for i in indices]))
+            for indices in slots.values()
+        ]
+        self._is_fused = max(map(len, slots.values())) <= _MOST_FUSED
+
+    def pack(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        if not self._is_fused:
+            arrays = jax.lax.optimization_barrier(arrays)
+        return tuple(
+            [
+                arrays[indices[0]]
+                if len(indices) == 1
+                else jnp.concatenate([arrays[i].ravel() for i in indices])
+                for indices, _ in self._slots
+            ]
+        )
+
+    def unpack(self, buffers: Sequence[Array]) -> list[Array]:
+        arrays: list[Any] = [None] * self._num_arrays
+        for (indices, shapes), buffer in zip(self._slots, buffers, strict=True):
+            if len(indices) == 1:
+                arrays[indices[0]] = buffer
+                continue
+            stops = list(itertools.accumulate(map(math.prod, shapes)))
+            starts = [0, *stops[:-1]]
+            for i, shape, start, stop in zip(indices, shapes, starts, stops, strict=True):
+                arrays[i] = buffer[start:stop].reshape(shape)
+        return arrays if self._is_fused else jax.lax.optimization_barrier(arrays)

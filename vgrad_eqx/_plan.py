@@ -1,0 +1,157 @@
+"""What a training step does with flat arrays, worked out once for a structure."""
+
+import abc
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from ._accumulate import check_leading_axis
+from ._norms import grad_norms
+from ._output import split_output
+from ._pack import Packing
+from ._units import attach_unit
+
+
+class Metrics(NamedTuple):
+    """What a training step returns beside the next state.
+
+    - `value`: the output of `func`, before the step.
+    - `aux`: its auxiliary data, or `None`.
+    - `grad_norms`: `{path: norm}` if asked for, or `None`.
+    """
+
+    value: Any
+    aux: Any
+    grad_norms: Any
+
+
+class Options(NamedTuple):
+    """The options of [`vgrad_eqx.train_step`][]."""
+
+    func: Any
+    tx: Any
+    has_aux: bool
+    check_states: bool
+    steps_per_call: int
+    accumulate: int
+    packed: bool
+    grad_norms: bool
+
+
+class Plan(abc.ABC):
+    """A training step of flat arrays: parameters, optimizer, key, and others, in this order."""
+
+    def __init__(
+        self,
+        owner: Any,
+        options: Options,
+        kinds: Sequence[Hashable],
+        arrays: Sequence[Any],
+        key: Any,
+    ):
+        """`kinds` are those of the parameters and of the arrays of the optimizer."""
+        self.owner = owner
+        self.options = options
+        self.num_params = kinds.count(_PARAMETER)
+        self.num_trained = len(kinds)
+        self.has_key = key is not None
+        self._impl = find_impl(key)
+        self.packing = None
+        if options.packed:
+            others = [None] * (len(arrays) - len(kinds))
+            self.packing = Packing([*kinds, *others], arrays)
+        self.compiled = jax.jit(self.run, donate_argnums=0)
+
+    @abc.abstractmethod
+    def once(self, arrays: list[Any], frozen: Any, batch: Any) -> tuple[list[Any], Metrics]:
+        """Takes one step."""
+
+    def unpack(self, leaves: Sequence[Any]) -> list[Any]:
+        return list(leaves) if self.packing is None else _unpack(self.packing, leaves)
+
+    def run(self, leaves: Any, frozen: Any, batch: Any) -> tuple[Any, Metrics]:
+        """Takes the steps of one call."""
+        arrays = list(leaves) if self.packing is None else self.packing.unpack(leaves)
+        if self.options.steps_per_call == 1:
+            arrays, metrics = self.once(arrays, frozen, batch)
+        else:
+            length = self.options.steps_per_call
+            check_leading_axis(batch, length, "steps_per_call")
+            arrays, metrics = jax.lax.scan(
+                lambda arrays, batch: self.once(arrays, frozen, batch), arrays, batch, length
+            )
+        return tuple(arrays) if self.packing is None else self.packing.pack(arrays), metrics
+
+    def enter(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """Copies of arrays, which may be donated, as a step takes them."""
+        own = [jnp.array(array, jnp.result_type(array), copy=True) for array in arrays]
+        return tuple(own) if self.packing is None else _pack(self.packing, own)
+
+    def copy(self, leaves: Sequence[Any], part: slice) -> list[Any]:
+        """Some of the arrays, which live on when the leaves are donated."""
+        return [jnp.array(array, copy=True) for array in self.unpack(leaves)[part]]
+
+    @property
+    def params(self) -> slice:
+        return slice(0, self.num_params)
+
+    @property
+    def optimizer(self) -> slice:
+        return slice(self.num_params, self.num_trained)
+
+    @property
+    def key(self) -> slice:
+        return slice(self.num_trained, self.num_trained + self.has_key)
+
+    @property
+    def others(self) -> slice:
+        return slice(self.num_trained + self.has_key, None)
+
+    def split_key(self, keys: list[Any]) -> tuple[list[Any], Any]:
+        """The numbers of the next key, and a key for this step; or nothing, and `None`."""
+        if not keys:
+            return [], None
+        key, subkey = jr.split(self.wrap_key(keys[0]))
+        return strip_key(key), subkey
+
+    def average(self, value: Any) -> Any:
+        """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
+        numbers, _, output = split_output(value, None, "train_step")
+        total = sum(map(jnp.sum, numbers)) / self.options.accumulate
+        return attach_unit(total, output.unit)
+
+    def measure(self, value: Any, aux: Any, var_grads: Any) -> Metrics:
+        norms = grad_norms(var_grads) if self.options.grad_norms else None
+        return Metrics(value, aux, norms)
+
+    def wrap_key(self, data: Any) -> Any:
+        return data if self._impl is None else jr.wrap_key_data(data, impl=self._impl)
+
+
+_PARAMETER = "parameter"
+
+
+def list_kinds(num_params: int, optimizer: Any) -> list[Hashable]:
+    """The kind of each parameter and of each array of an optimizer: what is packed together."""
+    slots = optimizer.groups.find_slots(optimizer.opt_state)
+    of_state = [None if name is None else slot for slot, name in slots]
+    return [*[_PARAMETER] * num_params, *of_state, None]
+
+
+def find_impl(key: Any) -> Any:
+    is_typed = key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jr.key_impl(key) if is_typed else None
+
+
+def strip_key(key: Any) -> list[Any]:
+    """The numbers of a key, which JAX passes to compiled functions faster than the key."""
+    if key is None:
+        return []
+    return [key if find_impl(key) is None else jr.key_data(key)]
+
+
+_pack = jax.jit(Packing.pack, static_argnums=0)
+_unpack = jax.jit(Packing.unpack, static_argnums=0)
