@@ -20,7 +20,7 @@ class _Carry(NamedTuple):
     """What a step changes."""
 
     params: list[Any]
-    optimizer: Optimizer
+    opt_state: Any
     key: list[Any]
     nn_state: Any
 
@@ -48,8 +48,9 @@ class ModulePlan(Plan):
         self._structure, self._names = flat.treedef, flat.names
         params = [flat.leaves[i] for i in self._chosen]
         arrays, self._carry = jtu.tree_flatten(
-            _Carry(params, optimizer, strip_key(key), nn_state)
+            _Carry(params, optimizer.opt_state, strip_key(key), nn_state)
         )
+        self._optimizer = jtu.tree_structure(optimizer)
         self._avals = tuple([(jnp.shape(array), jnp.result_type(array)) for array in arrays])
         super().__init__(owner, options, list_kinds(len(params), optimizer), arrays, key)
         self._transform = make_transform(
@@ -69,19 +70,21 @@ class ModulePlan(Plan):
     def signature(self) -> Any:
         """What tells plans apart that compile to different programs."""
         static = tuple([(type(leaf), leaf) for leaf in self._static])
-        return self._structure, static, tuple(self._chosen), self._carry, self._avals
+        structures = (self._structure, self._carry, self._optimizer)
+        return structures, static, tuple(self._chosen), self._avals
 
     def start(
         self, flat: FlatTree, optimizer: Optimizer, key: Any, nn_state: Any
     ) -> tuple[tuple[Any, ...], list[Any]]:
         """The leaves to begin with, and the frozen ones."""
         params = [flat.leaves[i] for i in self._chosen]
-        carry = _Carry(params, optimizer, strip_key(key), nn_state)
+        carry = _Carry(params, optimizer.opt_state, strip_key(key), nn_state)
         frozen = [flat.leaves[i] for i in self._frozen]
         return self.enter(jtu.tree_leaves(carry)), frozen
 
     def once(self, arrays: list[Any], frozen: Any, batch: Any) -> tuple[list[Any], Metrics]:
-        params, optimizer, keys, nn_state = jtu.tree_unflatten(self._carry, arrays)
+        params, opt_state, keys, nn_state = jtu.tree_unflatten(self._carry, arrays)
+        optimizer = self._build_optimizer(opt_state, jnp.zeros((), jnp.int32))
         keys, subkey = self.split_key(keys)
         model = self._build(params, frozen)
 
@@ -108,7 +111,7 @@ class ModulePlan(Plan):
             model, grads, value=self.average(result.value), grad=grads, value_fn=evaluate
         )
         params = list(optimizer.params(model).values())
-        carry = _Carry(params, optimizer, keys, result.nn_state)
+        carry = _Carry(params, optimizer.opt_state, keys, result.nn_state)
         return jtu.tree_leaves(carry), self.measure(result.value, result.aux, grads)
 
     def _build(self, params: Sequence[Any], frozen: Sequence[Any]) -> Any:
@@ -139,8 +142,12 @@ class ModulePlan(Plan):
         params, *_ = self._copy_carry(leaves, self.params)
         return self._build(params, frozen)
 
-    def get_optimizer(self, leaves: Sequence[Any]) -> Optimizer:
-        return self._copy_carry(leaves, self.optimizer).optimizer
+    def get_optimizer(self, leaves: Sequence[Any], count: int) -> Optimizer:
+        opt_state = self._copy_carry(leaves, self.opt_state).opt_state
+        return self._build_optimizer(opt_state, jnp.asarray(count, jnp.int32))
+
+    def _build_optimizer(self, opt_state: Any, count: Any) -> Optimizer:
+        return jtu.tree_unflatten(self._optimizer, [*jtu.tree_leaves(opt_state), count])
 
     def get_nn_state(self, leaves: Sequence[Any]) -> Any:
         return self._copy_carry(leaves, self.others).nn_state
@@ -158,8 +165,7 @@ class ModulePlan(Plan):
         arrays.update(zip(self._frozen, frozen, strict=True))
         return {
             "model": {self._names[i]: arrays[i] for i in sorted(arrays)},
-            "opt_state": carry.optimizer.opt_state,
-            "count": carry.optimizer.count,
+            "opt_state": carry.opt_state,
             "key": [self.wrap_key(data) for data in carry.key],
             "nn_state": carry.nn_state,
         }
@@ -168,13 +174,8 @@ class ModulePlan(Plan):
         """The inverse of `to_tree`."""
         arrays = tree["model"]
         params = [arrays[self._names[i]] for i in self._chosen]
-        optimizer = jtu.tree_unflatten(
-            self._carry, list(range(self._carry.num_leaves))
-        ).optimizer
-        where = lambda optimizer: (optimizer.opt_state, optimizer.count)
-        optimizer = eqx.tree_at(where, optimizer, (tree["opt_state"], tree["count"]))
         keys = [data for key in tree["key"] for data in strip_key(key)]
-        carry = _Carry(params, optimizer, keys, tree["nn_state"])
+        carry = _Carry(params, tree["opt_state"], keys, tree["nn_state"])
         frozen = [arrays[self._names[i]] for i in self._frozen]
         return self.enter(jtu.tree_leaves(carry)), frozen
 

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from jax import Array
 
 
+# To copy a larger array into a buffer and out of it takes longer than to pass it.
+_LARGEST = 4096
+
 # XLA fuses what it slices from a buffer into all that uses it. For few arrays this is
 # fast. For many it makes kernels that take several times as long to compile.
 _MOST_FUSED = 16
 
 
 class _Slot(NamedTuple):
-    """A buffer: where its arrays are among all, and their shapes."""
+    """A buffer: where its arrays are among all, and their shapes. A large one is alone."""
 
     indices: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -28,10 +31,11 @@ class Packing:
     def __init__(self, kinds: Sequence[Hashable], arrays: Sequence[Any]):
         slots: dict[Any, list[int]] = {}
         for i, (kind, array) in enumerate(zip(kinds, arrays, strict=True)):
-            slots.setdefault((kind, jnp.dtype(array.dtype)), []).append(i)
+            key = (kind, jnp.result_type(array)) if jnp.size(array) <= _LARGEST else i
+            slots.setdefault(key, []).append(i)
         self._num_arrays = len(arrays)
         self._slots = [
-            _Slot(tuple(indices), tuple([arrays[i].shape for i in indices]))
+            _Slot(tuple(indices), tuple([jnp.shape(arrays[i]) for i in indices]))
             for indices in slots.values()
         ]
         self._is_fused = max(map(len, slots.values())) <= _MOST_FUSED

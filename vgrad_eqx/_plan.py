@@ -42,7 +42,10 @@ class Options(NamedTuple):
 
 
 class Plan(abc.ABC):
-    """A training step of flat arrays: parameters, optimizer, key, and others, in this order."""
+    """A training step of flat arrays: parameters, optax state, key, and others, in this order.
+
+    The steps are counted outside, which takes less time than to pass one array more.
+    """
 
     def __init__(
         self,
@@ -52,9 +55,10 @@ class Plan(abc.ABC):
         arrays: Sequence[Any],
         key: Any,
     ):
-        """`kinds` are those of the parameters and of the arrays of the optimizer."""
+        """`kinds` are those of the parameters and of the optax state."""
         self.owner = owner
         self.options = options
+        self.steps_per_call = options.steps_per_call
         self.num_params = kinds.count(_PARAMETER)
         self.num_trained = len(kinds)
         self.has_key = key is not None
@@ -72,18 +76,19 @@ class Plan(abc.ABC):
     def unpack(self, leaves: Sequence[Any]) -> list[Any]:
         return list(leaves) if self.packing is None else _unpack(self.packing, leaves)
 
-    def run(self, leaves: Any, frozen: Any, batch: Any) -> tuple[Any, Metrics]:
-        """Takes the steps of one call."""
+    def run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+        """Takes the steps of one call. Returns the next leaves and the three metrics."""
         arrays = list(leaves) if self.packing is None else self.packing.unpack(leaves)
-        if self.options.steps_per_call == 1:
+        if self.steps_per_call == 1:
             arrays, metrics = self.once(arrays, frozen, batch)
         else:
-            length = self.options.steps_per_call
+            length = self.steps_per_call
             check_leading_axis(batch, length, "steps_per_call")
             arrays, metrics = jax.lax.scan(
                 lambda arrays, batch: self.once(arrays, frozen, batch), arrays, batch, length
             )
-        return tuple(arrays) if self.packing is None else self.packing.pack(arrays), metrics
+        leaves = tuple(arrays) if self.packing is None else self.packing.pack(arrays)
+        return leaves, *metrics  # a plain tuple, which JAX makes faster than a named one
 
     def enter(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
         """Copies of arrays, which may be donated, as a step takes them."""
@@ -99,7 +104,7 @@ class Plan(abc.ABC):
         return slice(0, self.num_params)
 
     @property
-    def optimizer(self) -> slice:
+    def opt_state(self) -> slice:
         return slice(self.num_params, self.num_trained)
 
     @property
@@ -135,10 +140,13 @@ _PARAMETER = "parameter"
 
 
 def list_kinds(num_params: int, optimizer: Any) -> list[Hashable]:
-    """The kind of each parameter and of each array of an optimizer: what is packed together."""
+    """The kind of each parameter and of each array in its optax state.
+
+    Those of one kind are packed together.
+    """
     slots = optimizer.groups.find_slots(optimizer.opt_state)
     of_state = [None if name is None else slot for slot, name in slots]
-    return [*[_PARAMETER] * num_params, *of_state, None]
+    return [*[_PARAMETER] * num_params, *of_state]
 
 
 def find_impl(key: Any) -> Any:

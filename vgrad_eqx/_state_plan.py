@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._accumulate import accumulate, Result
@@ -50,8 +51,8 @@ class StatePlan(Plan):
         self._units = [split_unit(param)[1] for param in part.diff]
         self._key_state = None if key is None else State(*strip_key(key))
         keys = [] if self._key_state is None else self._key_state.leaves
-        of_memory = [memory.leaves[i] for i in memory.places]
-        self.refs = [*part.refs.values(), *of_memory, *keys, *others]
+        *of_state, self._count = [memory.leaves[i] for i in memory.places]
+        self.refs = [*part.refs.values(), *of_state, *keys, *others]
         arrays = list(map(read, self.refs))
         kinds = list_kinds(len(part.diff), memory.value)
         super().__init__(owner, options, kinds, arrays, key)
@@ -91,6 +92,7 @@ class StatePlan(Plan):
         inputs, structure = jtu.tree_flatten(batch)
         traced = self._trace(inputs, structure)
         values = {id(ref): array for ref, array in zip(self.refs, arrays, strict=True)}
+        values[id(self._count)] = jnp.zeros((), jnp.int32)
         if any(id(ref) not in values for ref in traced.refs):
             raise UnknownStates(traced.refs)
         metrics, finals = traced.call(inputs, values)
@@ -133,14 +135,16 @@ class StatePlan(Plan):
     def _accumulate(self, part: Any, params: Any, key: Any, batch: Sequence[Any]) -> Result:
         return accumulate(part, params, self.options.accumulate, None, key, batch)
 
-    def sync(self, leaves: Sequence[Any]) -> None:
+    def sync(self, leaves: Sequence[Any], count: int) -> None:
         """Gives the states the values that are carried."""
+        write(self._count, jnp.asarray(count, jnp.int32), "A count")
         for ref, array in zip(self.refs, self.copy(leaves, slice(None)), strict=True):
             write(ref, array, "A state")
 
-    def get_optimizer(self, leaves: Sequence[Any]) -> Any:
+    def get_optimizer(self, leaves: Sequence[Any], count: int) -> Any:
         """The optimizer of the values, by name."""
-        return self._build_optimizer(self.copy(leaves, self.optimizer))
+        count = jnp.asarray(count, jnp.int32)
+        return self._build_optimizer([*self.copy(leaves, self.opt_state), count])
 
     def _build_optimizer(self, arrays: Sequence[Any]) -> Any:
         memory = self.state_optimizer.memory
@@ -150,11 +154,10 @@ class StatePlan(Plan):
         """All arrays by name, for a checkpoint."""
         arrays = self.unpack(leaves)
         params = map(attach_unit, arrays[self.params], self._units)
-        optimizer = self._build_optimizer(arrays[self.optimizer])
+        optimizer = self._build_optimizer([*arrays[self.opt_state], None])
         return {
             "states": dict(zip(self._names, params, strict=True)),
             "opt_state": optimizer.opt_state,
-            "count": optimizer.count,
             "key": list(map(self.wrap_key, arrays[self.key])),
             "others": arrays[self.others],
         }
@@ -164,7 +167,7 @@ class StatePlan(Plan):
         params = [split_unit(tree["states"][name])[0] for name in self._names]
         keys = [data for key in tree["key"] for data in strip_key(key)]
         opt_state = jtu.tree_leaves(tree["opt_state"])
-        return self.enter([*params, *opt_state, tree["count"], *keys, *tree["others"]])
+        return self.enter([*params, *opt_state, *keys, *tree["others"]])
 
 
 def _name_key(key: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ._plan import Metrics, Options
 from ._state import is_reference
 from ._state_optimizer import StateOptimizer
 from ._state_plan import StatePlan, UnknownStates
-from ._train_state import start_lineage, TrainState
+from ._train_state import Lineage, Run, TrainState
 
 
 class TrainStep:
@@ -96,7 +96,8 @@ class TrainStep:
             plan = self._plans.setdefault(plan.signature, plan)
         except TypeError:  # a static field without a hash
             pass
-        return TrainState(plan, *plan.start(flat, optimizer, key, nn_state))
+        leaves, frozen = plan.start(flat, optimizer, key, nn_state)
+        return TrainState(Run(plan, frozen), leaves, int(optimizer.count))
 
     def _init_states(self, key: Any, optimizer: Any, batch: Any) -> TrainState:
         states = self._grad_states.unflatten(self._grad_states.entries)
@@ -109,11 +110,13 @@ class TrainStep:
                 f"{eqx.tree_pformat(getattr(optimizer, 'states', optimizer))}."
             )
         plan = StatePlan(self, self._options, optimizer, key)
-        state = TrainState(plan, plan.start(), (), start_lineage())
+        lineage = Lineage()
+        state = TrainState(Run(plan, (), lineage), plan.start(), int(optimizer.count))
+        lineage.latest = state
         if batch is None:
             return state
         try:
-            jax.eval_shape(plan.run, state.leaves, state.frozen, tuple(batch))
+            jax.eval_shape(plan.run, state.leaves, (), tuple(batch))
         except UnknownStates as unknown:
             return _extend(state, unknown)
         return state
@@ -139,41 +142,51 @@ class TrainStep:
             that `steps_per_call` and `accumulate` ask for; and as
             [`vgrad_eqx.vector_grad`][]. The state can still be used then.
         """
-        self._check(state)
-        plan = state.plan
         try:
-            leaves, metrics = plan.compiled(state.leaves, state.frozen, batch)
+            run = state.run
+            if run.owner is not self:
+                raise ValueError
+            leaves, value, aux, norms = run.compiled(state.leaves, run.frozen, batch)
         except UnknownStates as unknown:
             return self(_extend(state, unknown), *batch)
         except Exception:
-            state.check()
+            self._check(state)
             raise
-        return TrainState(plan, leaves, state.frozen, state.lineage), metrics
+        following = TrainState(run, leaves, state.count + run.steps)
+        if run.lineage is not None:
+            run.lineage.latest = following
+        return following, Metrics(value, aux, norms)
 
     def lower(self, state: TrainState, /, *batch: Any) -> Any:
         """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
         self._check(state)
         try:
-            return state.plan.compiled.lower(state.leaves, state.frozen, batch)
+            return state.run.compiled.lower(state.leaves, state.run.frozen, batch)
         except UnknownStates as unknown:
             return self.lower(_extend(state, unknown), *batch)
 
     def _check(self, state: Any) -> None:
-        if type(state) is not TrainState:
+        """Refuses what a step cannot take."""
+        if not isinstance(state, TrainState):
             raise TypeError(
                 "A training step takes the `TrainState` of `init`, and then the batch: "
                 f"`state, metrics = step(state, *batch)`. Got {eqx.tree_pformat(state)}."
             )
-        if state.plan.owner is not self:
+        if state.run.owner is not self:
             raise ValueError(
                 "A training step takes a state of its own. Got one of another `train_step`. "
                 "Make one by `step.init(state.model, optimizer=state.optimizer)`."
             )
+        state.check()
 
 
 def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
-    plan, leaves = state.plan.extend(state.leaves, unknown.refs)
-    return TrainState(plan, leaves, state.frozen, state.lineage)
+    """The same state, which carries the values of more states by reference."""
+    run = state.run
+    plan, leaves = run.plan.extend(state.leaves, unknown.refs)
+    extended = TrainState(Run(plan, run.frozen, run.lineage), leaves, state.count)
+    run.lineage.latest = extended
+    return extended
 
 
 def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
@@ -255,7 +268,7 @@ def train_step(
         >>> x, y = jnp.ones((5, 2)), jnp.zeros((5, 1))
         >>> for _ in range(100):
         ...     state, metrics = step(state, x, y)
-        >>> int(state.count), bool(metrics.value < loss(mlp, x, y))
+        >>> state.count, bool(metrics.value < loss(mlp, x, y))
         (100, True)
         >>> bool(state.model.layers[0].bias[0] == mlp.layers[0].bias[0])
         True

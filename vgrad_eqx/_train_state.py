@@ -10,8 +10,22 @@ from ._module_plan import ModulePlan
 from ._state_plan import StatePlan
 
 
-class _Lineage:
-    """The states that were made of one another, of which only the latest is alive."""
+class Run:
+    """What stays the same from state to state."""
+
+    __slots__ = ("compiled", "frozen", "lineage", "owner", "plan", "steps")
+
+    def __init__(self, plan: Any, frozen: Any, lineage: "Lineage | None" = None):
+        self.plan = plan
+        self.owner = plan.owner
+        self.compiled = plan.compiled
+        self.steps = plan.steps_per_call
+        self.frozen = frozen
+        self.lineage = lineage
+
+
+class Lineage:
+    """States that were made of one another, of which only the latest is alive."""
 
     latest: Any = None
 
@@ -33,12 +47,12 @@ class TrainState:
 
     **Returns:**
 
-    A state with these properties, which are copies, and live on:
+    A state with the `count` of steps, an int, and these properties, which are copies, and
+    live on:
 
     - `model`: the module as it is now.
     - `optimizer`: its [`vgrad_eqx.Optimizer`][].
     - `nn_state`: its `equinox.nn.State`, or `None`.
-    - `count`: the number of steps, an `int32` scalar.
     - `key`: the PRNG key that the next step splits, or `None`.
 
     **Raises:**
@@ -54,33 +68,30 @@ class TrainState:
         >>> step = vg.train_step(lambda w, x: (w["a"] * x) ** 2, optax.sgd(0.25))
         >>> state = step.init({"a": jnp.array(1.0)})
         >>> state, metrics = step(state, 1.0)
-        >>> float(state.model["a"]), int(state.count), float(metrics.value)
+        >>> float(state.model["a"]), state.count, float(metrics.value)
         (0.5, 1, 1.0)
     """
 
-    __slots__ = ("_model", "frozen", "leaves", "lineage", "plan")
+    # Few, because setting each takes a share of the time of a step.
+    __slots__ = ("_model", "count", "leaves", "run")
 
-    def __init__(self, plan: Any, leaves: Any, frozen: Any, lineage: Any = None):
-        self.plan = plan
+    def __init__(self, run: Run, leaves: Any, count: Any):
+        self.run = run
         self.leaves = leaves
-        self.frozen = frozen
-        self.lineage = lineage
-        self._model = None
-        if lineage is not None:
-            lineage.latest = self
+        self.count = count
 
     @property
     def model(self) -> Any:
         self.check()
-        if self._model is None:
+        if not hasattr(self, "_model"):
             plan = self._get_plan(ModulePlan, "model", "Read the states after `sync()`.")
-            self._model = plan.get_model(self.leaves, self.frozen)
+            self._model = plan.get_model(self.leaves, self.run.frozen)
         return self._model
 
     @property
     def optimizer(self) -> Any:
         self.check()
-        return self.plan.get_optimizer(self.leaves)
+        return self.run.plan.get_optimizer(self.leaves, self.count)
 
     @property
     def nn_state(self) -> Any:
@@ -89,28 +100,23 @@ class TrainState:
         return plan.get_nn_state(self.leaves)
 
     @property
-    def count(self) -> jax.Array:
-        self.check()
-        last = self.plan.num_trained
-        return self.plan.copy(self.leaves, slice(last - 1, last))[0]
-
-    @property
     def key(self) -> Any:
         self.check()
-        keys = self.plan.copy(self.leaves, self.plan.key)
-        return self.plan.wrap_key(keys[0]) if keys else None
+        keys = self.run.plan.copy(self.leaves, self.run.plan.key)
+        return self.run.plan.wrap_key(keys[0]) if keys else None
 
     def sync(self) -> None:
         """Sets the states by reference to the values that are carried."""
         self.check()
-        self._get_plan(StatePlan, "sync", "Its module is `model`.").sync(self.leaves)
+        plan = self._get_plan(StatePlan, "sync", "Its module is `model`.")
+        plan.sync(self.leaves, self.count)
 
     def __enter__(self) -> "TrainState":
         self._get_plan(StatePlan, "with", "Its module is `model`.")
         return self
 
     def __exit__(self, *args: object) -> None:
-        self.lineage.latest.sync()
+        self.run.lineage.latest.sync()
 
     def check(self) -> None:
         """Refuses a state that was taken over."""
@@ -126,12 +132,12 @@ class TrainState:
         return any(isinstance(x, jax.Array) and x.is_deleted() for x in self.leaves)
 
     def _get_plan(self, kind: Any, name: str, instead: str) -> Any:
-        if not isinstance(self.plan, kind):
+        if not isinstance(self.run.plan, kind):
             over = "states by reference" if kind is ModulePlan else "a module"
             raise TypeError(
                 f"`TrainState.{name}` is not for a state of {over}. {instead}"
             )
-        return self.plan
+        return self.run.plan
 
     def __repr__(self) -> str:
         if self.is_donated:
@@ -139,18 +145,13 @@ class TrainState:
         return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
 
 
-def start_lineage() -> _Lineage:
-    return _Lineage()
-
-
 def _flatten(state: TrainState) -> tuple[Sequence[Any], Any]:
-    return (state.leaves, state.frozen), (state.plan, state.lineage)
+    return (state.leaves, state.run.frozen, state.count), state.run
 
 
-def _unflatten(aux: Any, children: Sequence[Any]) -> TrainState:
-    leaves, frozen = children
-    plan, lineage = aux
-    return TrainState(plan, leaves, frozen, lineage)
+def _unflatten(run: Run, children: Sequence[Any]) -> TrainState:
+    leaves, frozen, count = children
+    return TrainState(Run(run.plan, frozen, run.lineage), leaves, count)
 
 
 jtu.register_pytree_node(TrainState, _flatten, _unflatten)
