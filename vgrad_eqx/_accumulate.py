@@ -69,7 +69,7 @@ def check_leading_axis(batch: Any, length: int, option: str) -> None:
     for leaf in jtu.tree_leaves(batch):
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != length:
             raise ValueError(
-                f"`train_step({option}={length})` takes a batch in which the first axis of each "
-                f"array has the length {length}. Got {eqx.tree_pformat(leaf)}. Reshape it, or "
-                "stack the batches by `jnp.stack`."
+                f"`train_step({option}={length})` takes a batch in which the first axis of "
+                f"each array has the length {length}. Got {eqx.tree_pformat(leaf)}. Reshape "
+                "it, or stack the batches by `jnp.stack`."
             )

@@ -46,9 +46,10 @@ class Groups:
         params: dict[str, Any],
         extra_args: dict[str, Any],
     ) -> tuple[dict[str, Any], Any]:
-        updates, opt_states = {}, []
+        updates: dict[str, Any] = {}
+        opt_states = []
         for group, state in zip(self.groups, self.split(opt_state), strict=True):
-            tx = optax.with_extra_args_support(group.tx.value)
+            tx: Any = optax.with_extra_args_support(group.tx.value)
             extra = _narrow(extra_args, group, params)
             group_updates, state = tx.update(
                 group.pick(grads), state, group.pick(params), **extra
@@ -155,9 +156,7 @@ def locate(opt_state: Any, names: Sequence[str]) -> Iterator[tuple[Any, str | No
             yield (key_path, inner_path[1:]), inner_path[0].key, leaf
 
 
-def _narrow(
-    extra_args: dict[str, Any], group: Group, params: dict[str, Any]
-) -> dict[str, Any]:
+def _narrow(extra_args: dict[str, Any], group: Group, params: dict[str, Any]) -> dict[str, Any]:
     """The extra arguments of `update`, for the parameters of one group."""
     narrowed = dict(extra_args)
     if extra_args.get("grad") is not None:

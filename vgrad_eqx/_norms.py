@@ -90,8 +90,7 @@ def plot_grad_norms(history: Sequence[Mapping[str, Any]], ax: Any = None) -> Any
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            "`plot_grad_norms` needs matplotlib. Install it by "
-            '`pip install "vgrad_eqx[plot]"`.'
+            '`plot_grad_norms` needs matplotlib. Install it by `pip install "vgrad_eqx[plot]"`.'
         ) from error
     paths, norms, given = _arrange(history)
     if ax is None:

@@ -154,9 +154,7 @@ class RefPart:
         by_id = {
             id(leaf): grad
             for each, entry in zip(self._values, entries, strict=True)
-            for leaf, grad in zip(
-                each.leaves, each.structure.flatten_up_to(entry), strict=True
-            )
+            for leaf, grad in zip(each.leaves, each.structure.flatten_up_to(entry), strict=True)
         }
         return [by_id[key] for key in self.refs]
 

@@ -150,8 +150,9 @@ def list_kinds(num_params: int, optimizer: Any) -> list[Hashable]:
 
 
 def find_impl(key: Any) -> Any:
-    is_typed = key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return jr.key_impl(key) if is_typed else None
+    if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return None
+    return jr.key_impl(key)
 
 
 def strip_key(key: Any) -> list[Any]:

@@ -75,7 +75,7 @@ class StatePlan(Plan):
 
     def extend(self, leaves: Sequence[Any], refs: Sequence[jax.Ref]) -> Any:
         """A plan that carries the values of more states, and its leaves."""
-        known = set(map(id, self.refs))
+        known = {id(self._count), *map(id, self.refs)}
         new = [ref for ref in refs if id(ref) not in known]
         plan = StatePlan(
             self.owner,
@@ -117,7 +117,9 @@ class StatePlan(Plan):
 
         def differentiate(_: Any, key: Any, batch: Sequence[Any]) -> Result:
             var_grads, value, *rest = self._transform(*batch, **_name_key(key))
-            return Result(part.list_gradients(var_grads), value, rest[0] if rest else None, None)
+            return Result(
+                part.list_gradients(var_grads), value, rest[0] if rest else None, None
+            )
 
         def evaluate() -> Any:
             def value(_: Any, key: Any, batch: Sequence[Any]) -> Result:
@@ -143,14 +145,14 @@ class StatePlan(Plan):
 
     def get_optimizer(self, leaves: Sequence[Any], count: int) -> Any:
         """The optimizer of the values, by name."""
-        count = jnp.asarray(count, jnp.int32)
-        return self._build_optimizer([*self.copy(leaves, self.opt_state), count])
+        arrays = self.copy(leaves, self.opt_state)
+        return self._build_optimizer([*arrays, jnp.asarray(count, jnp.int32)])
 
     def _build_optimizer(self, arrays: Sequence[Any]) -> Any:
         memory = self.state_optimizer.memory
         return jtu.tree_unflatten(memory.structure, put(memory.leaves, memory.places, arrays))
 
-    def to_tree(self, leaves: Sequence[Any]) -> dict[str, Any]:
+    def to_tree(self, leaves: Sequence[Any], frozen: Sequence[Any]) -> dict[str, Any]:
         """All arrays by name, for a checkpoint."""
         arrays = self.unpack(leaves)
         params = map(attach_unit, arrays[self.params], self._units)
@@ -162,12 +164,12 @@ class StatePlan(Plan):
             "others": arrays[self.others],
         }
 
-    def from_tree(self, tree: dict[str, Any]) -> tuple[Any, ...]:
+    def from_tree(self, tree: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
         """The inverse of `to_tree`."""
         params = [split_unit(tree["states"][name])[0] for name in self._names]
         keys = [data for key in tree["key"] for data in strip_key(key)]
         opt_state = jtu.tree_leaves(tree["opt_state"])
-        return self.enter([*params, *opt_state, *keys, *tree["others"]])
+        return self.enter([*params, *opt_state, *keys, *tree["others"]]), []
 
 
 def _name_key(key: Any) -> dict[str, Any]:

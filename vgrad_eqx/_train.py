@@ -190,7 +190,9 @@ def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
 
 
 def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
-    entries = [jtu.tree_flatten(tree, is_leaf=is_reference) for tree in (optimizer.states, states)]
+    entries = [
+        jtu.tree_flatten(tree, is_leaf=is_reference) for tree in (optimizer.states, states)
+    ]
     (ours, structure), (theirs, other) = entries
     return structure == other and all(map(operator.is_, ours, theirs))
 

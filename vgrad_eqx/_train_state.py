@@ -15,7 +15,7 @@ class Run:
 
     __slots__ = ("compiled", "frozen", "lineage", "owner", "plan", "steps")
 
-    def __init__(self, plan: Any, frozen: Any, lineage: "Lineage | None" = None):
+    def __init__(self, plan: Any, frozen: Any, lineage: Any = None):
         self.plan = plan
         self.owner = plan.owner
         self.compiled = plan.compiled
@@ -127,6 +127,20 @@ class TrainState:
                 "*batch)`. To keep one, take its `model`, or save it by `vg.save`."
             )
 
+    def to_tree(self) -> dict[str, Any]:
+        """All arrays by name, for a checkpoint."""
+        self.check()
+        return {"count": self.count, **self.run.plan.to_tree(self.leaves, self.run.frozen)}
+
+    def from_tree(self, tree: dict[str, Any]) -> "TrainState":
+        """A state like this one, of such arrays."""
+        plan = self.run.plan
+        leaves, frozen = plan.from_tree(tree)
+        state = TrainState(Run(plan, frozen, self.run.lineage), leaves, tree["count"])
+        if self.run.lineage is not None:
+            self.run.lineage.latest = state
+        return state
+
     @property
     def is_donated(self) -> bool:
         return any(isinstance(x, jax.Array) and x.is_deleted() for x in self.leaves)
@@ -134,9 +148,7 @@ class TrainState:
     def _get_plan(self, kind: Any, name: str, instead: str) -> Any:
         if not isinstance(self.run.plan, kind):
             over = "states by reference" if kind is ModulePlan else "a module"
-            raise TypeError(
-                f"`TrainState.{name}` is not for a state of {over}. {instead}"
-            )
+            raise TypeError(f"`TrainState.{name}` is not for a state of {over}. {instead}")
         return self.run.plan
 
     def __repr__(self) -> str:

@@ -104,3 +104,10 @@ def parse_unit(unit: Any, caller: str) -> Any:
     if not isinstance(unit, brainunit.Unit):
         raise TypeError(f"`{caller}` must be a unit, such as `brainunit.mvolt`. Got {unit!r}.")
     return unit
+
+
+def describe_unit(unit: Any) -> list[str] | None:
+    """How a unit is written, its size, and its dimension, all as text."""
+    if unit is None:
+        return None
+    return [str(unit), repr(float(unit.magnitude)), str(unit.dim)]
