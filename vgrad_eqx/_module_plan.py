@@ -71,7 +71,7 @@ class ModulePlan(Plan):
         """What tells plans apart that compile to different programs."""
         static = tuple([(type(leaf), leaf) for leaf in self._static])
         structures = (self._structure, self._carry, self._optimizer)
-        return structures, static, tuple(self._chosen), self._avals
+        return structures, static, tuple(self._chosen), self._avals, self.impl
 
     def start(
         self, flat: FlatTree, optimizer: Optimizer, key: Any, nn_state: Any
@@ -112,7 +112,15 @@ class ModulePlan(Plan):
         )
         params = list(optimizer.params(model).values())
         carry = _Carry(params, optimizer.opt_state, keys, result.nn_state)
-        return jtu.tree_leaves(carry), self.measure(result.value, result.aux, grads)
+        leaves, structure = jtu.tree_flatten(carry)
+        if structure != self._carry:
+            raise ValueError(
+                "`train_step(tx=...)` must be a transformation whose state keeps its "
+                "structure. Got one whose first step changes it, as that of `optax.monitor`. "
+                "Take that step by a `vg.Optimizer`, and go on by `step.init(model, "
+                "optimizer=opt)`."
+            )
+        return leaves, self.measure(result.value, result.aux, grads)
 
     def _build(self, params: Sequence[Any], frozen: Sequence[Any]) -> Any:
         leaves = put(self._static, self._chosen, params)

@@ -68,7 +68,6 @@ class Optimizer(eqx.Module):
     tx: Alike = eqx.field(static=True)
     groups: Groups = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
-    structure: Any = eqx.field(static=True)
 
     def __init__(self, tx: Any, model: Any, selector: Any = True):
         flat = flatten(model)
@@ -79,7 +78,6 @@ class Optimizer(eqx.Module):
         params = {name: flat.leaves[i] for i, name in zip(*chosen, strict=True)}
         self.opt_state = self.groups.init(params)
         _check_units(self.groups, self.opt_state, params)
-        self.structure = jtu.tree_structure(self.opt_state)
         self.count = jnp.zeros((), jnp.int32)
 
     def params(self, model: Any) -> dict[str, Any]:
@@ -118,7 +116,6 @@ class Optimizer(eqx.Module):
         flat = flatten(model)
         indices = _find(flat, self.names)
         params = {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
-        self._check_state()
         with_units = _find_unitful(self.groups, self.opt_state)
         grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
         if extra_args.get("grad") is not None:
@@ -131,7 +128,11 @@ class Optimizer(eqx.Module):
                 return flat.unflatten(put(flat.leaves, indices, values))
 
             extra_args["value_fn"] = precompose(extra_args["value_fn"], rebuild)
-        updates, opt_state = self.groups.update(grads, self.opt_state, params, extra_args)
+        try:
+            updates, opt_state = self.groups.update(grads, self.opt_state, params, extra_args)
+        except Exception as error:
+            self._check_state(params, error)
+            raise
         new = [
             add(leaf, updates[name], f"The update of `{caller}` at `{name}`")
             for name, leaf in params.items()
@@ -170,14 +171,17 @@ class Optimizer(eqx.Module):
         where = lambda opt: (opt.opt_state, opt.count)
         return eqx.tree_at(where, fresh, (opt_state, self.count))
 
-    def _check_state(self) -> None:
-        if jtu.tree_structure(self.opt_state) != self.structure:
+    def _check_state(self, params: dict[str, Any], error: Exception) -> None:
+        """Says so if an error comes from the state of another selection."""
+        init = self.groups.init
+        expected = jtu.tree_structure(jax.eval_shape(init, params))
+        if jtu.tree_structure(self.opt_state) != expected:
             raise ValueError(
                 "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
                 f"made for, of {', '.join(f'`{name}`' for name in self.names)}. Got "
                 f"{eqx.tree_pformat(self.opt_state)}. To change what is trained, use "
                 "`reselect`."
-            )
+            ) from error
 
 
 def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
@@ -226,7 +230,7 @@ def _parse_grads(
         raise TypeError(
             f"`{caller}` must be a dict from dotted path to gradient, as "
             "`vg.vector_grad(..., grad_states=...)` gives it. Got "
-            f"{eqx.tree_pformat(grads)}. Of gradients in the structure of a model, as "
+            f"a `{type(grads).__name__}`. Of gradients in the structure of a model, as "
             "`eqx.filter_grad` gives them, `vg.states(grads)` is such a dict."
         )
     faults = [

@@ -62,7 +62,7 @@ class Plan(abc.ABC):
         self.num_params = kinds.count(_PARAMETER)
         self.num_trained = len(kinds)
         self.has_key = key is not None
-        self._impl = find_impl(key)
+        self.impl = find_impl(key)
         self.packing = None
         if options.packed:
             others = [None] * (len(arrays) - len(kinds))
@@ -133,7 +133,7 @@ class Plan(abc.ABC):
         return Metrics(value, aux, norms)
 
     def wrap_key(self, data: Any) -> Any:
-        return data if self._impl is None else jr.wrap_key_data(data, impl=self._impl)
+        return data if self.impl is None else jr.wrap_key_data(data, impl=self.impl)
 
 
 _PARAMETER = "parameter"

@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
 
 from ._optimizer import Optimizer
 from ._parts import parse_grad_states, RefPart
@@ -103,7 +104,14 @@ class StateOptimizer(eqx.Module):
             extra_args["grad"] = self._name(part, extra_args["grad"], caller)
         if extra_args.get("value_fn") is not None:
             extra_args["value_fn"] = _over_params(extra_args["value_fn"], part)
-        params, self.memory.value = self.memory.value.step(params, grads, **extra_args)
+        params, optimizer = self.memory.value.step(params, grads, **extra_args)
+        if jtu.tree_structure(optimizer) != self.memory.structure:
+            raise ValueError(
+                "`StateOptimizer(tx=...)` must be a transformation whose state keeps its "
+                "structure. Got one whose first step changes it, as that of `optax.monitor`. "
+                "Use `vg.Optimizer` for it."
+            )
+        self.memory.value = optimizer
         for ref, name in zip(part.refs.values(), part.names, strict=True):
             write(ref, split_unit(params[name])[0], f"The state `{name}`")
 

@@ -1,0 +1,67 @@
+"""Functions that are made alike are equal, and others are not."""
+
+import functools as ft
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+# The class is not public: an optimizer compares by it.
+from vgrad_eqx._alike import Alike
+
+
+MAKERS = {
+    "adam": lambda rate: optax.adam(rate),
+    "schedule": lambda rate: optax.sgd(optax.cosine_decay_schedule(rate, 10)),
+    "chain": lambda rate: optax.chain(optax.clip(1.0), optax.lion(rate)),
+    "hyperparameters": lambda rate: optax.inject_hyperparams(optax.adam)(learning_rate=rate),
+    "masked": lambda rate: optax.masked(optax.sgd(rate), {"a": True, "b": False}),
+    "partial": lambda rate: ft.partial(max, rate),
+    "list": lambda rate: [rate, {"rate": rate}],
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_alike_if_made_by_the_same_code_with_the_same_constants(make):
+    assert Alike(make(0.1)) == Alike(make(0.1))
+    assert hash(Alike(make(0.1))) == hash(Alike(make(0.1)))
+    assert Alike(make(0.1)) != Alike(make(0.2))
+
+
+DIFFERENT = {
+    "types": (1, 1.0),
+    "bools": (True, 1),
+    "signs": (0.0, -0.0),
+    "arrays": (optax.sgd, object()),
+    "code": (lambda x: x + 1, lambda x: x - 1),
+    "defaults": (lambda x=1: x, lambda x=2: x),
+    "methods": ([].append, [].append),
+    "lists": ([1], (1,)),
+}
+
+
+@pytest.mark.parametrize("pair", DIFFERENT.values(), ids=DIFFERENT.keys())
+def test_not_alike(pair):
+    left, right = pair
+    assert Alike(left) != Alike(right)
+    assert Alike(left) == Alike(left)
+
+
+def test_arrays_are_alike_only_if_they_are_the_same():
+
+    array = jnp.ones(2)
+    assert Alike(lambda: array) != Alike(lambda: jnp.ones(2))
+    make = lambda array: lambda: array
+    assert Alike(make(array)) == Alike(make(array))
+    assert Alike(make(array)) != Alike(make(jnp.ones(2)))
+
+
+def test_a_function_may_refer_to_itself():
+    def make():
+        def count(n):
+            return n and count(n - 1)
+
+        return count
+
+    assert Alike(make()) == Alike(make())
+    assert Alike(1) != 1
