@@ -136,7 +136,7 @@ def test_wrong_states():
 
 
 @pytest.mark.parametrize("name", ["var_grads", "grad"])
-@pytest.mark.parametrize("grads", [{"w": jnp.ones(2)}, None, [jnp.ones(2), jnp.ones(3)]])
+@pytest.mark.parametrize("grads", [{"w": jnp.ones(2)}, jnp.ones(2), [jnp.ones(2), jnp.ones(3)]])
 def test_wrong_gradients(name, grads):
     states = make_states()
     opt = vg.StateOptimizer(optax.sgd(1.0), states)
@@ -147,8 +147,7 @@ def test_wrong_gradients(name, grads):
         opt.step(**{"var_grads": good, name: grads})
     assert states["w"].value.tolist() == [1.0, 2.0]
     wrong = {"w": jnp.ones(5), "inner": [{"b": None, "n": None}]}
-    with pytest.raises(
-        ValueError, match=r"Got f.*\[5\] for a leaf of shape \(2,\) at `w`; None at"
-    ):
+    match = r"`StateOptimizer.step\(var_grads=...\)`.*None at `inner.0.b`; f.*\[5\] for a leaf"
+    with pytest.raises(ValueError, match=match):
         opt.step(wrong)
     assert int(opt.count) == 0

@@ -30,11 +30,11 @@ class Entry(NamedTuple):
         return self[:3] == other[:3] and units[:1] == units[1:]
 
     def __str__(self) -> str:
+        if self.kind.startswith("Python"):
+            return f"a {self.kind}"
         text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
         if self.kind != "array":
-            text = (
-                f"a {self.kind}" if self.kind.startswith("Python") else f"{text} of {self.kind}"
-            )
+            text = f"a {self.kind}, {text}"
         return text if self.unit is None else f"{text} in {self.unit[0]}"
 
 
@@ -67,7 +67,8 @@ def write_archive(path: Path, entries: Mapping[str, Entry], arrays: Mapping[str,
         for name, array in tensors.items()
     }
     part = path.with_name(f".{path.name}.part")
-    safetensors.serialize_file(specs, part, metadata)
+    # Not `serialize_file`, which leaves a file of another name behind each time it is killed.
+    part.write_bytes(safetensors.serialize(specs, metadata))
     _flush(part)
     os.replace(part, path)
     _flush(path.parent)

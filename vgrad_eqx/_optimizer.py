@@ -112,7 +112,11 @@ class Optimizer(eqx.Module):
             another shape than its leaf; for an `opt_state` of another selection; if `model`
             lacks a leaf. Nothing is updated then.
         """
-        caller = "Optimizer.step"
+        return self.advance(model, var_grads, extra_args, "Optimizer.step")
+
+    def advance(
+        self, model: Any, var_grads: Any, extra_args: dict[str, Any], caller: str
+    ) -> tuple[Any, "Optimizer"]:
         flat = flatten(model)
         indices = _find(flat, self.names)
         params = {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}

@@ -96,15 +96,15 @@ class StateOptimizer(eqx.Module):
         - `ValueError`: if `var_grads` has another structure than `states`, or a gradient
             another shape than its state. Nothing is updated then.
         """
+        caller = "StateOptimizer.step"
         part = self.split()
         params = dict(zip(part.names, part.diff, strict=True))
-        grads = self._name(part, var_grads, "StateOptimizer.step(var_grads=...)")
+        grads = self._name(part, var_grads, f"{caller}(var_grads=...)")
         if extra_args.get("grad") is not None:
-            caller = "StateOptimizer.step(grad=...)"
-            extra_args["grad"] = self._name(part, extra_args["grad"], caller)
+            extra_args["grad"] = self._name(part, extra_args["grad"], f"{caller}(grad=...)")
         if extra_args.get("value_fn") is not None:
             extra_args["value_fn"] = _over_params(extra_args["value_fn"], part)
-        params, optimizer = self.memory.value.step(params, grads, **extra_args)
+        params, optimizer = self.memory.value.advance(params, grads, extra_args, caller)
         if jtu.tree_structure(optimizer) != self.memory.structure:
             raise ValueError(
                 "`StateOptimizer(tx=...)` must be a transformation whose state keeps its "
