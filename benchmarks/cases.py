@@ -15,13 +15,13 @@ Ways = dict[str, Callable[[], object]]
 
 
 class Net(eqx.Module):
-    """Layers of 8 x 8, so that calls cost more than arithmetic."""
+    """Layers of 8 x 8 if not said otherwise, so that calls cost more than arithmetic."""
 
     layers: list[eqx.nn.Linear]
 
-    def __init__(self, num_leaves: int):
+    def __init__(self, num_leaves: int, width: int = 8):
         keys = jr.split(jr.key(0), num_leaves // 2)
-        self.layers = [eqx.nn.Linear(8, 8, key=key) for key in keys]
+        self.layers = [eqx.nn.Linear(width, width, key=key) for key in keys]
 
     def __call__(self, x):
         for layer in self.layers:

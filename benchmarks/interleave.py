@@ -1,5 +1,6 @@
 """Timing of several ways to do the same, interleaved in one process."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -9,8 +10,10 @@ import jax
 
 
 class Timing(NamedTuple):
-    """Seconds of the median round, and the ratio to the first way with its quartiles."""
+    """Seconds of the first call, which may compile, and of the median round, and the ratio
+    to the first way with its quartiles."""
 
+    first: float
     seconds: float
     ratio: float
     low: float
@@ -18,19 +21,28 @@ class Timing(NamedTuple):
 
 
 def interleave(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Times every way in every round, so that the noise of the machine hits all alike."""
-    for way in ways.values():
+    """Times every way in every round, so that the noise of the machine hits all alike.
+
+    A way leaves caches and garbage behind for the next one, so their order changes too.
+    """
+    firsts = {}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        jax.block_until_ready(way())
+        firsts[name] = time.perf_counter() - start
         jax.block_until_ready(way())
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
+    order = list(ways)
+    for seed in range(rounds):
+        random.Random(seed).shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            jax.block_until_ready(way())
+            jax.block_until_ready(ways[name]())
             seconds[name].append(time.perf_counter() - start)
     floor = next(iter(seconds.values()))
     timings = {}
     for name, times in seconds.items():
         ratios = [time / base for time, base in zip(times, floor, strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4)
-        timings[name] = Timing(statistics.median(times), ratio, low, high)
+        timings[name] = Timing(firsts[name], statistics.median(times), ratio, low, high)
     return timings

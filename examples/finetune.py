@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 BATCH_SIZE = 64
 LOWEST_ACCURACY = 0.96
 HEAD = "layers.8"
-GROUPS = {HEAD: optax.adam(1e-3), ~vg.path(HEAD): optax.adam(2e-4)}
+GROUPS = {HEAD: optax.adam(3e-3), ~vg.path(HEAD): optax.adam(1e-3)}
 
 
 def load_data(seed):
@@ -163,7 +163,7 @@ def plot(trainer, out):
     axes[1].plot(*zip(*trainer.accuracies, strict=True))
     axes[1].axhline(LOWEST_ACCURACY, color="gray", ls=":", label="must be reached")
     axes[1].set_ylabel("test accuracy, ten digits")
-    axes[1].legend(loc="lower right")
+    axes[1].legend(loc="center right")
     vg.plot_grad_norms(trainer.norms, ax=axes[2])
     for phase, start in trainer.starts.items():
         for axis in axes[:2]:

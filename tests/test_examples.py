@@ -77,3 +77,17 @@ def test_hodgkin_huxley_fails_with_large_steps(tmp_path):
     result = run("hodgkin_huxley.py", "--step", "0.02", cwd=tmp_path)
     assert result.returncode == 1
     assert "That is more than 0.05 ms or 1. mV." in result.stderr
+
+
+def test_finetune_resumes_with_the_same_numbers(tmp_path):
+    result = run("finetune.py", "--seed", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "resumed in a new process: the same numbers" in result.stdout
+    assert "resumed: 100%" in result.stderr
+    assert (tmp_path / "finetune.png").stat().st_size > 10_000
+
+
+def test_finetune_fails_below_its_accuracy(tmp_path):
+    result = run("finetune.py", "--steps", "4", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "The test accuracy is below 96%" in result.stderr

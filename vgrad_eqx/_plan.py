@@ -16,11 +16,29 @@ from ._units import attach_unit
 
 
 class Metrics(NamedTuple):
-    """What a training step returns beside the next state.
+    """What a step of [`vgrad_eqx.train_step`][] returns beside the next state.
+
+    **Arguments:**
+
+    It is made by the step.
+
+    **Returns:**
+
+    A named tuple. With `steps_per_call`, and value and aux with `accumulate`, they are stacked.
 
     - `value`: the output of `func`, before the step.
     - `aux`: its auxiliary data, or `None`.
     - `grad_norms`: `{path: norm}` if asked for, or `None`.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> func = lambda w, x: jnp.sum(w["a"] * x)
+        >>> step = vg.train_step(func, optax.sgd(0.1), grad_norms=True)
+        >>> _, metrics = step(step.init({"a": jnp.ones(2)}), jnp.array([3.0, 4.0]))
+        >>> float(metrics.value), float(metrics.grad_norms["a"])
+        (7.0, 5.0)
     """
 
     value: Any

@@ -23,7 +23,27 @@ from ._train_state import Lineage, Run, TrainState
 
 
 class TrainStep:
-    """A compiled training step, as [`vgrad_eqx.train_step`][] returns it."""
+    """A compiled training step, as [`vgrad_eqx.train_step`][] returns it.
+
+    **Arguments:**
+
+    It is made by `train_step`.
+
+    **Returns:**
+
+    A function `step(state, *batch) -> (state, metrics)`, whose `init` makes the first state,
+    and whose `lower(state, *batch)` gives what `jax.jit(...).lower(...)` does, to look at the
+    program.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> step = vg.train_step(lambda w, x: (w["a"] * x) ** 2, optax.sgd(0.25))
+        >>> state = step.init({"a": jnp.array(1.0)})
+        >>> "cosine" in step.lower(state, 1.0).as_text()
+        False
+    """
 
     def __init__(self, options: Options, grad_states: Any):
         self._options = options

@@ -1,0 +1,159 @@
+"""Whole training steps with adam: by hand, as usual with Equinox, and by this library."""
+
+import functools as ft
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+import vgrad_eqx as vg
+
+from .cases import Net, Ways
+
+
+TX = optax.adam(1e-3)
+
+
+def loss(net, xs):
+    return jnp.sum(jax.vmap(net)(xs) ** 2)
+
+
+def copy(arrays):
+    return tuple([jnp.array(array, copy=True) for array in arrays])
+
+
+def step_by_hand(net: Net, xs: jax.Array) -> Callable[[], object]:
+    """The floor: one donated call of `jax.jit` over flat tuples of arrays."""
+    leaves, structure = jtu.tree_flatten(net)
+    places = [i for i, leaf in enumerate(leaves) if eqx.is_array(leaf)]
+    params = copy([leaves[i] for i in places])
+    arrays, arrays_structure = jtu.tree_flatten((params, TX.init(params)))
+
+    def value(params, xs):
+        filled = list(leaves)
+        for i, param in zip(places, params, strict=True):
+            filled[i] = param
+        return loss(jtu.tree_unflatten(structure, filled), xs)
+
+    @ft.partial(jax.jit, donate_argnums=0)
+    def step(arrays, xs):
+        params, opt_state = jtu.tree_unflatten(arrays_structure, arrays)
+        result, grads = jax.value_and_grad(value)(params, xs)
+        updates, opt_state = TX.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return tuple(jtu.tree_leaves((params, opt_state))), result
+
+    arrays = tuple(arrays)
+
+    def call():
+        nonlocal arrays
+        arrays, result = step(arrays, xs)
+        return result
+
+    return call
+
+
+def step_by_equinox(net: Net, xs: jax.Array) -> Callable[[], object]:
+    """The loop of the tutorials of Equinox."""
+    opt_state = TX.init(eqx.filter(net, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(net, opt_state, xs):
+        result, grads = eqx.filter_value_and_grad(loss)(net, xs)
+        updates, opt_state = TX.update(grads, opt_state, eqx.filter(net, eqx.is_inexact_array))
+        return eqx.apply_updates(net, updates), opt_state, result
+
+    def call():
+        nonlocal net, opt_state
+        net, opt_state, result = step(net, opt_state, xs)
+        return result
+
+    return call
+
+
+def step_by_optimizer(net: Net, xs: jax.Array) -> Callable[[], object]:
+    """The same loop with `vg.Optimizer`."""
+    opt = vg.Optimizer(TX, net)
+
+    @eqx.filter_jit
+    def step(net, opt, xs):
+        grads, result = vg.vector_grad(loss, True, return_value=True)(net, xs)
+        return *opt.step(net, grads), result
+
+    def call():
+        nonlocal net, opt
+        net, opt, result = step(net, opt, xs)
+        return result
+
+    return call
+
+
+def step_by_train_step(net: Net, xs: jax.Array, **options) -> Callable[[], object]:
+    step = vg.train_step(loss, TX, **options)
+    state = step.init(net)
+
+    def call():
+        nonlocal state
+        state, metrics = step(state, xs)
+        return metrics.value
+
+    return call
+
+
+def step_over_states(net: Net, xs: jax.Array) -> Callable[[], object]:
+    leaves, structure = jtu.tree_flatten(net)
+    states = [vg.State(leaf) if eqx.is_array(leaf) else leaf for leaf in leaves]
+    trained = [state for state in states if isinstance(state, vg.State)]
+
+    def func(xs):
+        values = [each.value if isinstance(each, vg.State) else each for each in states]
+        return loss(jtu.tree_unflatten(structure, values), xs)
+
+    step = vg.train_step(func, TX, trained)
+    state = step.init()
+
+    def call():
+        nonlocal state
+        state, metrics = step(state, xs)
+        return metrics.value
+
+    return call
+
+
+def repeat(call: Callable[[], object], times: int) -> Callable[[], object]:
+    """Several steps, which overlap where nothing waits for a result."""
+
+    def run():
+        for _ in range(times):
+            result = call()
+        return result
+
+    return run
+
+
+def training(num_leaves: int) -> Ways:
+    net, xs = Net(num_leaves), jnp.ones((1, 8))
+    ways = {
+        "by hand": step_by_hand(net, xs),
+        "Equinox": step_by_equinox(net, xs),
+        "vg.Optimizer": step_by_optimizer(net, xs),
+        "vg.train_step": step_by_train_step(net, xs),
+        "packed": step_by_train_step(net, xs, packed=True),
+        "over states": step_over_states(net, xs),
+    }
+    times = max(2000 // num_leaves, 5)
+    return {name: repeat(call, times) for name, call in ways.items()}
+
+
+def training_wide(num_leaves: int) -> Ways:
+    """Layers of 1024, where only the arithmetic counts."""
+    net, xs = Net(num_leaves, width=1024), jnp.ones((64, 1024))
+    ways = {
+        "by hand": step_by_hand(net, xs),
+        "vg.train_step": step_by_train_step(net, xs),
+        "packed": step_by_train_step(net, xs, packed=True),
+        "over states": step_over_states(net, xs),
+    }
+    return {name: repeat(call, 5) for name, call in ways.items()}
