@@ -64,32 +64,17 @@ def accuracy(model, images, labels):
     return jnp.mean(jnp.argmax(jax.vmap(model)(images), axis=1) == labels)
 
 
-def make_step(tx, selector):
+def make_step(selector):
     """A training step for the leaves that `selector` chooses."""
 
     @eqx.filter_jit
-    def step(model, opt_state, images, labels):
+    def step(model, opt, images, labels):
         transform = vg.vector_grad(losses, grad_states=selector, return_value=True)
         var_grads, values = transform(model, images, labels)
-        params = vg.states(model, selector)
-        updates, opt_state = tx.update(var_grads, opt_state, params)
-        norms = {path: jnp.linalg.norm(grad) for path, grad in var_grads.items()}
-        return vg.apply_updates(model, updates), opt_state, jnp.mean(values), norms
+        model, opt = opt.step(model, var_grads)
+        return model, opt, jnp.mean(values), vg.grad_norms(var_grads)
 
     return step
-
-
-def narrow(opt_state, params):
-    """Keeps what the optimizer knows of `params`, and drops what it knows of others."""
-
-    def is_by_path(node):
-        return isinstance(node, dict)
-
-    return jax.tree.map(
-        lambda node: {path: node[path] for path in params} if is_by_path(node) else node,
-        opt_state,
-        is_leaf=is_by_path,
-    )
 
 
 def train(model, data, steps, seed):
@@ -99,9 +84,8 @@ def train(model, data, steps, seed):
         weight_decay=1e-2,
         mask=lambda params: {path: path.endswith("weight") for path in params},
     )
-    selector = vg.path("**")
-    step = make_step(tx, selector)
-    opt_state = tx.init(vg.states(model, selector))
+    opt = vg.Optimizer(tx, model)
+    step = make_step(vg.path("**"))
     rng = np.random.default_rng(seed)
     history = {
         "loss": [],
@@ -112,12 +96,10 @@ def train(model, data, steps, seed):
         for i in progress:
             if i == steps // 2:
                 selector = ~vg.path("layers.0")
-                step = make_step(tx, selector)
-                opt_state = narrow(opt_state, vg.states(model, selector))
+                opt = opt.reselect(model, selector)  # keeps the moments of the others
+                step = make_step(selector)
             batch = rng.choice(len(train_images), BATCH_SIZE, replace=False)
-            model, opt_state, loss, norms = step(
-                model, opt_state, train_images[batch], train_labels[batch]
-            )
+            model, opt, loss, norms = step(model, opt, train_images[batch], train_labels[batch])
             history["loss"].append(float(loss))
             for path, norm in norms.items():
                 history["norms"][path][i] = float(norm)

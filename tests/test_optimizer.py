@@ -72,7 +72,7 @@ def test_groups_equal_optax_partition():
         kinds = {path: "weight" if path.endswith("weight") else "bias" for path in params}
         return kinds | {"layers.0.bias": "first"}
 
-    txs = dict(zip(["weight", "bias", "first"], GROUPS.values(), strict=True))
+    txs: Any = dict(zip(["weight", "bias", "first"], GROUPS.values(), strict=True))
     tx = optax.partition(txs, label)
     opt_state = tx.init(vg.states(model))
     for i in range(3):

@@ -39,7 +39,8 @@ def by_hand(model, tx, num_steps, selector: Any = True, func=loss):
     return model
 
 
-def run(step, state, num_calls):
+def run(step: Any, state, num_calls):
+    metrics: Any = None
     for i in range(num_calls):
         state, metrics = step(state, *make_batch(i))
     return state, metrics
@@ -283,8 +284,8 @@ def test_steps_keep_nothing_alive():
     before = len(jax.live_arrays())
     x, y = make_batch()
     for _ in range(50):
-        state, metrics = step(state, x, y)
-    del metrics, x, y
+        state, _ = step(state, x, y)
+    del x, y
     gc.collect()
     assert len(jax.live_arrays()) <= before
 
@@ -475,84 +476,85 @@ def call(step, *args):
     return step(step.init(make_mlp()), *args)
 
 
+train_step: Any = vg.train_step
 WRONG = {
-    "func": (lambda: vg.train_step(1, SGD), TypeError, r"`train_step\(func=...\)` must be a c"),
+    "func": (lambda: train_step(1, SGD), TypeError, r"`train_step\(func=...\)` must be a c"),
     "tx": (
-        lambda: vg.train_step(loss, 1e-3),
+        lambda: train_step(loss, 1e-3),
         TypeError,
         r"`train_step\(tx=...\)` must be an opt",
     ),
     "steps": (
-        lambda: vg.train_step(loss, SGD, steps_per_call=1.5),
+        lambda: train_step(loss, SGD, steps_per_call=1.5),
         TypeError,
         r"`train_step\(steps_per_call=...\)` must be an int. Got 1.5",
     ),
     "parts": (
-        lambda: vg.train_step(loss, SGD, accumulate=0),
+        lambda: train_step(loss, SGD, accumulate=0),
         ValueError,
         r"`train_step\(accumulate=...\)` must be at least 1. Got 0",
     ),
     "grad_states": (
-        lambda: vg.train_step(loss, SGD, None),
+        lambda: train_step(loss, SGD, None),
         TypeError,
         r"`train_step\(grad_states=...\)` must be a selector or states.*leave it out",
     ),
     "no model": (
-        lambda: vg.train_step(loss, SGD).init(),
+        lambda: train_step(loss, SGD).init(),
         TypeError,
         r"needs the module, of which `grad_states` selects leaves. Got none",
     ),
     "a model for states": (
-        lambda: vg.train_step(loss, SGD, STATE).init({"a": 1.0}),
+        lambda: train_step(loss, SGD, STATE).init({"a": 1.0}),
         TypeError,
         "so `init` takes no module. Got {'a': 1.0}. Let `func` close over it",
     ),
     "another selection": (
-        lambda: vg.train_step(loss, SGD, "layers.0.weight").init(
+        lambda: train_step(loss, SGD, "layers.0.weight").init(
             make_mlp(), optimizer=vg.Optimizer(SGD, make_mlp(), "layers.1.bias")
         ),
         ValueError,
         "`layers.0.weight`. Got `layers.1.bias`. Use `optimizer.reselect",
     ),
     "no optimizer": (
-        lambda: vg.train_step(loss, SGD, "layers.0.weight").init(make_mlp(), optimizer=SGD),
+        lambda: train_step(loss, SGD, "layers.0.weight").init(make_mlp(), optimizer=SGD),
         ValueError,
         "must be a `vg.Optimizer`.*Got `GradientTransformation",
     ),
     "other states": (
-        lambda: vg.train_step(loss, SGD, STATE).init(
+        lambda: train_step(loss, SGD, STATE).init(
             optimizer=vg.StateOptimizer(SGD, vg.State(jnp.ones(3)))
         ),
         ValueError,
         r"must be a `vg.StateOptimizer` of the states.*\[2\].*Got.*\[3\]",
     ),
     "no state": (
-        lambda: vg.train_step(loss, SGD)(make_mlp(), *make_batch()),
+        lambda: train_step(loss, SGD)(make_mlp(), *make_batch()),
         TypeError,
         "takes the `TrainState` of `init`, and then the batch.*Got MLP",
     ),
     "a state of another step": (
-        lambda: vg.train_step(loss, SGD)(vg.train_step(loss, SGD).init(make_mlp())),
+        lambda: train_step(loss, SGD)(train_step(loss, SGD).init(make_mlp())),
         ValueError,
         "Got one of another `train_step`. Make one by",
     ),
     "first axis": (
-        lambda: call(vg.train_step(loss, SGD, steps_per_call=2), *make_batch()),
+        lambda: call(train_step(loss, SGD, steps_per_call=2), *make_batch()),
         ValueError,
         r"steps_per_call=2\)` takes a batch.*has the length 2. Got f.*\[5,3\]",
     ),
     "no axis": (
-        lambda: call(vg.train_step(loss, SGD, accumulate=2), jnp.ones((2, 5, 3)), 1.0),
+        lambda: call(train_step(loss, SGD, accumulate=2), jnp.ones((2, 5, 3)), 1.0),
         ValueError,
         r"accumulate=2\)` takes a batch.*has the length 2. Got .*\[\]",
     ),
     "sync of a model": (
-        lambda: vg.train_step(loss, SGD).init(make_mlp()).sync(),
+        lambda: train_step(loss, SGD).init(make_mlp()).sync(),
         TypeError,
         "`TrainState.sync` is not for a state of a module. Its module is `model`",
     ),
     "model of states": (
-        lambda: vg.train_step(loss, SGD, STATE).init().model,
+        lambda: train_step(loss, SGD, STATE).init().model,
         TypeError,
         r"`TrainState.model` is not for a state of states by ref.*Read the states after `sync",
     ),
@@ -562,7 +564,7 @@ WRONG = {
                 step.init(Normed(jr.key(0)), nn_state=eqx.nn.State(Normed(jr.key(0)))),
             )
         )(
-            vg.train_step(
+            train_step(
                 lambda model, state: (jnp.sum(model.linear.weight), 1.0), SGD, "linear.weight"
             )
         ),
@@ -571,7 +573,7 @@ WRONG = {
     ),
     "unused leaves": (
         lambda: (lambda step: step(step.init({"a": 1.0 * jnp.ones(2), "b": jnp.ones(1)})))(
-            vg.train_step(lambda tree: tree["a"], SGD)
+            train_step(lambda tree: tree["a"], SGD)
         ),
         ValueError,
         r"`train_step\(grad_states=...\)` must select leaves.*does not depend on `b`",

@@ -20,8 +20,8 @@ from ._states import replace_states as replace_states
 from ._states import states as states
 from ._summary import summary as summary
 from ._train import train_step as train_step
-from ._train import TrainStep as TrainStep
 from ._train_state import TrainState as TrainState
+from ._train_step import TrainStep as TrainStep
 from ._transform import GradientTransform as GradientTransform
 from ._unitful import unitful as unitful
 
