@@ -4,8 +4,12 @@ from importlib.metadata import version as _version
 
 from ._checkpoint import load as load
 from ._checkpoint import save as save
+from ._jacobians import hessian as hessian
+from ._jacobians import jacfwd as jacfwd
+from ._jacobians import jacrev as jacrev
 from ._norms import grad_norms as grad_norms
 from ._norms import plot_grad_norms as plot_grad_norms
+from ._operators import grad as grad
 from ._operators import vector_grad as vector_grad
 from ._optimizer import Optimizer as Optimizer
 from ._plan import Metrics as Metrics

@@ -5,18 +5,18 @@ from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 
+from ._cotangent import parse_cotangent
 from ._memory import Memory
 from ._output import Output, split_output
 from ._parts import ArgPart, Part, RefPart, StatePart
+from ._rules import Context, Operator
 from ._state import read, write
 from ._trace import describe_call, Trace, trace
-from ._units import attach_unit, divide_units, scale_number, split_unit
+from ._units import attach_unit, divide_units, find_quotient, scale_number, split_unit
 
-
-# Takes a function of flat arrays, which returns a tuple to differentiate and other arrays,
-# and its arguments. Returns the first tuple, a gradient for each argument, and the others.
-Rule = Callable[[Callable[..., Any], Sequence[Any]], tuple[Any, Sequence[Any], Any]]
 
 # Calls that touch no state by reference, and of which all selected leaves matter.
 _known = Memory()
@@ -36,18 +36,23 @@ class Call:
 
     def __init__(
         self,
-        name: str,
+        operator: Operator,
+        cotangent: Any,
         func: Callable[..., Any],
         has_aux: bool | None,
         states: StatePart | RefPart | None,
         arg_parts: Sequence[ArgPart],
+        many_args: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ):
-        self._name = name
+        self._operator = operator
+        self._name = operator.name
+        self._cotangent = cotangent
         self._func = func
         self._has_aux = has_aux
         self._states = states
+        self._many_args = many_args
         self._parts: list[Part] = [*([] if states is None else [states]), *arg_parts]
         self._args = args
         self._kwargs = kwargs
@@ -60,12 +65,12 @@ class Call:
     def names(self) -> list[str]:
         return [name for part in self._parts for name in part.names]
 
-    def differentiate(self, rule: Rule, check_states: bool) -> tuple[Any, Any, Any]:
+    def differentiate(self, check_states: bool) -> tuple[Any, Any, Any]:
         """Does what the rule does, and checks before. States are not written yet."""
         checked = check_states and self._states is not None
         description = self._describe(checked)
         if description is not None and description in _known:
-            return rule(self._run, self._diff)
+            return self._apply(self._run)
         # `func` is called only once: what was traced is replayed, and JAX differentiates that.
         traced = trace(self._run, self._diff)
         by_reference = isinstance(self._states, RefPart) or bool(traced.refs)
@@ -77,8 +82,10 @@ class Call:
             _known[description] = True
         if traced.error is not None:
             del traced  # its error holds tracers
-            return rule(self._run, self._diff)
-        diff_out, grads, (arrays, finals) = rule(self._make_replay(traced), self._diff)
+            return self._apply(self._run)
+        diff_out, grads, (arrays, finals) = self._apply(
+            self._make_replay(traced), is_replay=True
+        )
         self._finals = list(zip(traced.written, finals, strict=True))
         return diff_out, grads, arrays
 
@@ -87,14 +94,66 @@ class Call:
         for ref, final in self._finals:
             write(ref, final, "A state that `func` sets")
 
-    def collect(self, grads: Sequence[Any], unit_aware: bool) -> list[Any]:
-        """The gradients of each part, as the user is to see them."""
-        grads = list(grads)
-        for i, by in enumerate(self._units):
-            factor, unit = divide_units(self.output.unit, by)
-            number = scale_number(grads[i], factor)
-            grads[i] = attach_unit(number, unit) if unit_aware else number
-        return [part.collect(values) for part, values in self._share(grads)]
+    def _apply(self, func: Callable[..., Any], is_replay: bool = False) -> tuple[Any, Any, Any]:
+        def seed(value: Sequence[Any], arrays: Any) -> Sequence[Any]:
+            """The cotangents of the outputs, which are ones if nothing else is given."""
+            if self._cotangent is None:
+                return tuple(map(jnp.ones_like, value))
+            output, _ = self.output.join(value, arrays[0] if is_replay else arrays)
+            given = parse_cotangent(self._cotangent, output, self.output, self._name)
+            numbers, self._unit = given
+            return numbers
+
+        return self._operator.rule(func, self._diff, Context(self.names, seed))
+
+    def collect(self, grads: Any, unit_aware: bool) -> list[Any]:
+        """The derivatives by each part, as the user is to see them."""
+        if self._operator.adds_up:
+            unit = self.output.units[0] if self._cotangent is None else self._unit
+            return self._collect_row(grads, unit, unit_aware)
+        rows = [
+            self._collect_row(row, unit, unit_aware)
+            for row, unit in zip(grads, self.output.units, strict=True)
+        ]
+        return [self.output.fill(entries) for entries in zip(*rows, strict=True)]
+
+    def _collect_row(self, row: Sequence[Any], unit: Any, unit_aware: bool) -> list[Any]:
+        """The derivatives of one output, or of the sum of all."""
+        if self._operator.order == 1:
+            grads = self._attach_units(row, unit, unit_aware)
+            return [part.collect(values) for part, values in self._share(grads)]
+        units = [find_quotient(unit, by) for by in self._units]
+        pairs = list(zip(row, units, strict=True))
+        return [
+            part.collect([self._collect_second(part, *pair, unit_aware) for pair in values])
+            for part, values in self._share(pairs)
+        ]
+
+    def _collect_second(
+        self, part: Part, row: Sequence[Any], unit: Any, unit_aware: bool
+    ) -> Any:
+        """The derivatives of one derivative, by the same part."""
+        grads = self._attach_units(row, unit, unit_aware)
+        collected = [(each, each.collect(values)) for each, values in self._share(grads)]
+        if part is self._states:
+            return collected[0][1]
+        entries = [entry for each, entry in collected if each is not self._states]
+        return tuple(entries) if self._many_args else entries[0]
+
+    def _attach_units(self, row: Sequence[Any], unit: Any, unit_aware: bool) -> list[Any]:
+        grads = []
+        for number, by in zip(row, self._units, strict=True):
+            factor, quotient = divide_units(unit, by)
+            number = scale_number(number, factor)
+            grads.append(attach_unit(number, quotient) if unit_aware else number)
+        return grads
+
+    def name_blocks(self, grads: Any) -> tuple[list[Any], list[str]]:
+        """All derivatives, and the path by which each of them is."""
+        rows = [grads] if self._operator.adds_up else grads
+        pairs = [pair for row in rows for pair in zip(row, self.names, strict=True)]
+        flat = [(array, name) for block, name in pairs for array in jtu.tree_leaves(block)]
+        return [array for array, _ in flat], [name for _, name in flat]
 
     def _run(self, *diff: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The inexact leaves of the output, and all its other arrays."""
@@ -104,7 +163,8 @@ class Call:
         value, aux = func(*args, **self._kwargs), None
         if self._has_aux:
             value, aux = _split_pair(value, self._name)
-        diff_out, arrays, self.output = split_output(value, aux, self._name)
+        adds_up = self._operator.adds_up and self._cotangent is None
+        diff_out, arrays, self.output = split_output(value, aux, self._name, adds_up)
         return diff_out, arrays
 
     def _share(self, values: Sequence[Any]) -> Iterator[tuple[Part, Sequence[Any]]]:

@@ -10,9 +10,10 @@ import numpy as np
 
 from ._accumulate import accumulate, Result
 from ._flat import FlatTree, put
-from ._operators import make_transform, pull_back_ones
 from ._optimizer import Optimizer
 from ._plan import list_kinds, Metrics, Options, Plan, strip_key
+from ._rules import Operator, pull_back
+from ._transform import make_transform
 from ._units import split_unit
 
 
@@ -54,8 +55,7 @@ class ModulePlan(Plan):
         self._avals = tuple([(jnp.shape(array), jnp.result_type(array)) for array in arrays])
         super().__init__(owner, options, list_kinds(len(params), optimizer), arrays, key)
         self._transform = make_transform(
-            "train_step",
-            pull_back_ones,
+            Operator("train_step", pull_back, adds_up=True),
             _call_with_model(options.func),
             grad_states=flat.unflatten([i in chosen for i in range(len(flat.leaves))]),
             argnums=None,

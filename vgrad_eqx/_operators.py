@@ -1,17 +1,11 @@
-"""The public operators. Each is a rule of differentiation, and nothing else."""
+"""Gradients: a rule of differentiation each, and nothing else."""
 
-import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-
-from ._call import Rule
 from ._custom_types import MISSING
-from ._parts import parse_argnums, parse_grad_states
-from ._transform import GradientTransform
+from ._rules import Operator, pull_back, pull_back_scalar
+from ._transform import GradientTransform, make_transform
 
 
 @overload
@@ -24,6 +18,7 @@ def vector_grad(
     unit_aware: bool = False,
     check_states: bool = True,
     debug_nan: bool = False,
+    cotangent: Any = None,
 ) -> Callable[[Callable[..., Any]], GradientTransform]: ...
 
 
@@ -38,6 +33,7 @@ def vector_grad(
     check_states: bool = True,
     *,
     debug_nan: bool = False,
+    cotangent: Any = None,
 ) -> GradientTransform: ...
 
 
@@ -51,6 +47,7 @@ def vector_grad(
     check_states=True,
     *,
     debug_nan=False,
+    cotangent=None,
 ):
     """Creates a function that computes the vector gradient of `func`.
 
@@ -90,6 +87,10 @@ def vector_grad(
         If `False`, the gradient of such a leaf or state is zero.
     - `debug_nan`: whether to raise if a gradient holds a NaN or an infinity. Under
         `jax.jit` this costs a callback.
+    - `cotangent`: what to multiply the Jacobian by instead of a row of ones, so that
+        `g[j] = Σ_i c[i] ∂y[i] / ∂θ[j]`. A pytree like the output, in which leaves that are
+        not inexact may be anything, or a function that makes one of the output. It may carry
+        a unit, which multiplies that of `y`. Defaults to ones.
 
     **Returns:**
 
@@ -130,7 +131,8 @@ def vector_grad(
     - `ValueError`: on calling, for an `argnums` out of range, given twice, or naming the
         state tree; for a selector that chooses no inexact array; if two leaves have one path;
         for a selected leaf on which the output does not depend; or for a state that is not
-        touched, or set under `jax.vmap`.
+        touched, or set under `jax.vmap`; for a `cotangent` of another structure, shape or
+        dtype than the output.
     - `brainunit.UnitMismatchError`: on calling, for outputs of several dimensions.
     - `FloatingPointError`: at run time, with `debug_nan`; from compiled code as a
         `jax.errors.JaxRuntimeError` that quotes it.
@@ -162,8 +164,54 @@ def vector_grad(
     order of results; `equinox.filter_vjp`, equinox 0.13, for what is differentiable.
     """
     return make_transform(
-        "vector_grad",
-        pull_back_ones,
+        Operator("vector_grad", pull_back, adds_up=True),
+        func,
+        grad_states=grad_states,
+        argnums=argnums,
+        return_value=return_value,
+        has_aux=has_aux,
+        unit_aware=unit_aware,
+        check_states=check_states,
+        debug_nan=debug_nan,
+        cotangent=cotangent,
+    )
+
+
+def grad(
+    func: Callable[..., Any] = MISSING,
+    grad_states: Any = None,
+    argnums: int | Sequence[int] | None = None,
+    return_value: bool = False,
+    has_aux: bool | None = None,
+    unit_aware: bool = False,
+    check_states: bool = True,
+    *,
+    debug_nan: bool = False,
+) -> Any:
+    """As [`vgrad_eqx.vector_grad`][], but for a function that returns one real scalar.
+
+    For that it gives the same; for any other function it is an error instead of the gradient
+    of a sum.
+
+    **Returns:**
+
+    A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
+
+    **Raises:**
+
+    - `TypeError`: on calling, also if `func` returns anything but one real scalar.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> vg.grad(lambda x: jnp.sum(x**2))(jnp.array([3.0, 4.0])).tolist()
+        [6.0, 8.0]
+
+    **Source:** `jax.grad`, JAX 0.10; `brainstate.transform.grad`, brainstate 0.5.
+    """
+    return make_transform(
+        Operator("grad", pull_back_scalar, adds_up=True),
         func,
         grad_states=grad_states,
         argnums=argnums,
@@ -173,28 +221,3 @@ def vector_grad(
         check_states=check_states,
         debug_nan=debug_nan,
     )
-
-
-def pull_back_ones(func: Callable[..., Any], diff: Sequence[Any]) -> tuple[Any, Any, Any]:
-    value, pull_back, arrays = jax.vjp(func, *diff, has_aux=True)
-    return value, pull_back(tuple(map(jnp.ones_like, value))), arrays
-
-
-def make_transform(
-    name: str, rule: Rule, func: Any, grad_states: Any, argnums: Any, **options: Any
-) -> Any:
-    """Both forms of every operator, the call and the decorator, with options checked."""
-    options["argnums"] = parse_argnums(argnums, f"{name}(argnums=...)")
-    options["grad_states"] = parse_grad_states(grad_states, f"{name}(grad_states=...)")
-    if func is MISSING:
-        return ft.partial(_wrap, name=name, rule=rule, **options)
-    return _wrap(func, name=name, rule=rule, **options)
-
-
-def _wrap(func: Any, *, name: str, **options: Any) -> Any:
-    if not callable(func):
-        raise TypeError(
-            f"`{name}(func=...)` must be a callable. Got {func!r}. To set options first, "
-            f"use `@{name}(grad_states=...)`."
-        )
-    return eqx.module_update_wrapper(GradientTransform(func, name=name, **options))

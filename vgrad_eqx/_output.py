@@ -14,6 +14,8 @@ class Output(NamedTuple):
     """What remains of an output, and of the auxiliary data, without their arrays."""
 
     units: Sequence[Any]
+    indices: Sequence[int]
+    names: Sequence[str]  # of all leaves
     # The place of each differentiated leaf, or `None` if it is in a unit of its own, and so
     # is given back as one of the other arrays.
     places: Sequence[int | None]
@@ -22,10 +24,10 @@ class Output(NamedTuple):
     structure: Any
     value_structure: Any
 
-    @property
-    def unit(self) -> Any:
-        """The unit in which the leaves are differentiated."""
-        return self.units[0]
+    def fill(self, entries: Sequence[Any]) -> Any:
+        """An entry in the place of each differentiated leaf, and `None` in the others."""
+        leaves = [None] * self.value_structure.num_leaves
+        return jtu.tree_unflatten(self.value_structure, put(leaves, self.indices, entries))
 
     def join(self, diff: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, Any]:
         """The value and the auxiliary data, with arrays in their places."""
@@ -38,11 +40,12 @@ class Output(NamedTuple):
 
 
 def split_output(
-    value: Any, aux: Any, name: str
+    value: Any, aux: Any, name: str, adds_up: bool = True
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], Output]:
     """The inexact leaves of `value`, all other arrays, and what remains.
 
-    Only arrays may leave a traced function, while an output may hold anything.
+    What is to be added up is converted to the unit of the first leaf. Only arrays may leave a
+    traced function, while an output may hold anything.
     """
     flat = FlatTree(value)
     scalars = [i for i, leaf in enumerate(flat.leaves) if is_scalar(leaf)]
@@ -54,11 +57,12 @@ def split_output(
             "differentiated."
         )
     numbers, units = zip(*[split_unit(flat.leaves[i]) for i in indices], strict=True)
-    factors = find_factors(
-        units,
-        f"`{name}(func=...)` must return outputs of one dimension, because it adds them up.",
-        [flat.names[i] for i in indices],
-    )
+    factors = [1.0] * len(units)
+    if adds_up:
+        text = (
+            f"`{name}(func=...)` must return outputs of one dimension, because it adds them up."
+        )
+        factors = find_factors(units, text, [flat.names[i] for i in indices])
     diff = tuple(map(scale_number, numbers, factors))
     places = [i if f == 1.0 else None for i, f in zip(indices, factors, strict=True)]
     value_leaves = [None if i in places else leaf for i, leaf in enumerate(flat.leaves)]
@@ -66,5 +70,7 @@ def split_output(
     array_indices = [i for i, leaf in enumerate(others) if eqx.is_array(leaf)]
     arrays = tuple([others[i] for i in array_indices])
     others = put(others, array_indices, [None] * len(arrays))
-    output = Output(units, places, array_indices, others, structure, flat.treedef)
+    output = Output(
+        units, indices, flat.names, places, array_indices, others, structure, flat.treedef
+    )
     return diff, arrays, output

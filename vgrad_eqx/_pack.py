@@ -13,6 +13,9 @@ from jax import Array
 # To copy a larger array into a buffer and out of it takes longer than to pass it.
 _LARGEST = 4096
 
+# Compiling takes longer than in proportion to the number of arrays in a buffer.
+_MOST = 32
+
 # XLA fuses what it slices from a buffer into all that uses it. For few arrays this is
 # fast. For many it makes kernels that take several times as long to compile.
 _MOST_FUSED = 16
@@ -26,7 +29,7 @@ class _Slot(NamedTuple):
 
 
 class Packing:
-    """The way from arrays to buffers, one for each kind of array and each dtype."""
+    """The way from arrays to buffers, one for some arrays of one kind and dtype."""
 
     def __init__(self, kinds: Sequence[Hashable], arrays: Sequence[Any]):
         slots: dict[Any, list[int]] = {}
@@ -34,11 +37,16 @@ class Packing:
             key = (kind, jnp.result_type(array)) if jnp.size(array) <= _LARGEST else i
             slots.setdefault(key, []).append(i)
         self._num_arrays = len(arrays)
+        parts = [
+            indices[start : start + _MOST]
+            for indices in slots.values()
+            for start in range(0, len(indices), _MOST)
+        ]
         self._slots = [
             _Slot(tuple(indices), tuple([jnp.shape(arrays[i]) for i in indices]))
-            for indices in slots.values()
+            for indices in parts
         ]
-        self._is_fused = max(map(len, slots.values())) <= _MOST_FUSED
+        self._is_fused = max(map(len, parts)) <= _MOST_FUSED
 
     def pack(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         if not self._is_fused:

@@ -150,7 +150,7 @@ class Plan(abc.ABC):
         """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
         numbers, _, output = split_output(value, None, "train_step")
         total = sum(map(jnp.sum, numbers)) / self.options.accumulate
-        return attach_unit(total, output.unit)
+        return attach_unit(total, output.units[0])
 
     def measure(self, value: Any, aux: Any, var_grads: Any) -> Metrics:
         norms = grad_norms(var_grads) if self.options.grad_norms else None

@@ -10,11 +10,12 @@ import jax.tree_util as jtu
 from ._accumulate import accumulate, Result
 from ._flat import put
 from ._memory import Memory
-from ._operators import make_transform, pull_back_ones
 from ._plan import list_kinds, Metrics, Options, Plan, strip_key
+from ._rules import Operator, pull_back
 from ._state import read, State, write
 from ._state_optimizer import StateOptimizer
 from ._trace import Trace, trace
+from ._transform import make_transform
 from ._units import attach_unit, split_unit
 
 
@@ -57,8 +58,7 @@ class StatePlan(Plan):
         kinds = list_kinds(len(part.diff), memory.value)
         super().__init__(owner, options, kinds, arrays, key)
         self._transform = make_transform(
-            "train_step",
-            pull_back_ones,
+            Operator("train_step", pull_back, adds_up=True),
             options.func,
             grad_states=optimizer.states,
             argnums=None,

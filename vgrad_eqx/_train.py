@@ -44,9 +44,9 @@ def train_step(
     - `accumulate`: of how many parts of a batch, one after the other, the mean gradient is
         taken for a step. The parts are the first axis of each array of the batch (the
         second one with `steps_per_call`). Outputs and auxiliary data are stacked.
-    - `packed`: whether to keep the parameters in one buffer for each dtype, and so with each
-        moment of the optimizer. For models of many small arrays, this is several times faster;
-        for large ones it is slower, and compiling takes longer.
+    - `packed`: whether to keep small parameters in common buffers, one for up to 32 of one
+        dtype, and so with each moment of the optimizer. For models of many small arrays,
+        this is several times faster, but compiling takes longer. Larger arrays stay alone.
     - `grad_norms`: whether the metrics hold the norm of each gradient.
 
     **Returns:**

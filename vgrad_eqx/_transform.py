@@ -1,13 +1,24 @@
 """The transform that all operators share: options, parts, order of results."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 
-from ._call import Call, Rule
+from ._call import Call
+from ._custom_types import MISSING
 from ._debug import raise_if_not_finite
-from ._parts import ArgPart, find_positions, GradStates, RefPart, StatePart
+from ._parts import (
+    ArgPart,
+    find_positions,
+    GradStates,
+    parse_argnums,
+    parse_grad_states,
+    RefPart,
+    StatePart,
+)
+from ._rules import Operator
 
 
 class GradientTransform(eqx.Module):
@@ -35,14 +46,18 @@ class GradientTransform(eqx.Module):
 
     func: Callable[..., Any]
     grad_states: GradStates | None
-    rule: Rule = eqx.field(static=True)
-    name: str = eqx.field(static=True)
+    cotangent: Any
+    operator: Operator = eqx.field(static=True)
     argnums: int | tuple[int, ...] | None = eqx.field(static=True)
     return_value: bool = eqx.field(static=True)
     has_aux: bool | None = eqx.field(static=True)
     unit_aware: bool = eqx.field(static=True)
     check_states: bool = eqx.field(static=True)
     debug_nan: bool = eqx.field(static=True)
+
+    @property
+    def name(self) -> str:
+        return self.operator.name
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -53,10 +68,20 @@ class GradientTransform(eqx.Module):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         states, arg_parts = self._find_parts(args)
-        call = Call(self.name, self.func, self.has_aux, states, arg_parts, args, kwargs)
-        diff_out, grads, arrays = call.differentiate(self.rule, self.check_states)
+        call = Call(
+            self.operator,
+            self.cotangent,
+            self.func,
+            self.has_aux,
+            states,
+            arg_parts,
+            isinstance(self.argnums, tuple),
+            args,
+            kwargs,
+        )
+        diff_out, grads, arrays = call.differentiate(self.check_states)
         if self.debug_nan:
-            raise_if_not_finite(grads, call.names, f"{self.name}(debug_nan=True)")
+            raise_if_not_finite(*call.name_blocks(grads), f"{self.name}(debug_nan=True)")
         call.write_states()
         value, aux = call.output.join(diff_out, arrays)
         results = [self._order(call.collect(grads, self.unit_aware))]
@@ -94,3 +119,29 @@ class GradientTransform(eqx.Module):
             grads = [tuple(grads)]
         results = [*var_grads, *grads]
         return results[0] if len(results) == 1 else tuple(results)
+
+
+def make_transform(
+    operator: Operator,
+    func: Any,
+    grad_states: Any,
+    argnums: Any,
+    cotangent: Any = None,
+    **options: Any,
+) -> Any:
+    """Both forms of every operator, the call and the decorator, with options checked."""
+    name = operator.name
+    options["argnums"] = parse_argnums(argnums, f"{name}(argnums=...)")
+    options["grad_states"] = parse_grad_states(grad_states, f"{name}(grad_states=...)")
+    make = ft.partial(_wrap, operator=operator, cotangent=cotangent, **options)
+    return make if func is MISSING else make(func)
+
+
+def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:
+    name = operator.name
+    if not callable(func):
+        raise TypeError(
+            f"`{name}(func=...)` must be a callable. Got {func!r}. To set options first, "
+            f"use `@{name}(grad_states=...)`."
+        )
+    return eqx.module_update_wrapper(GradientTransform(func, operator=operator, **options))

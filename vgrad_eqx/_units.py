@@ -58,6 +58,13 @@ def find_quotient(unit: Any, by: Any) -> Any:
     return _as_unit(unit) / _as_unit(by)
 
 
+def multiply_units(unit: Any, by: Any) -> Any:
+    """The product of two units, or `None` if neither is given."""
+    if unit is None and by is None:
+        return None
+    return _as_unit(unit) * _as_unit(by)
+
+
 def divide_units(unit: Any, by: Any) -> tuple[float, Any]:
     """A factor and a unit, which is `None` where the quotient has no dimension."""
     quotient = find_quotient(unit, by)
