@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from ._checkpoint import load as load
 from ._checkpoint import save as save
+from ._elementwise import elementwise_grad as elementwise_grad
 from ._jacobians import hessian as hessian
 from ._jacobians import jacfwd as jacfwd
 from ._jacobians import jacrev as jacrev

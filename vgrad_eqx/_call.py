@@ -143,7 +143,10 @@ class Call:
     def _attach_units(self, row: Sequence[Any], unit: Any, unit_aware: bool) -> list[Any]:
         grads = []
         for number, by in zip(row, self._units, strict=True):
-            factor, quotient = divide_units(unit, by)
+            quotient = unit
+            for _ in range(1, self._operator.power):
+                quotient = find_quotient(quotient, by)
+            factor, quotient = divide_units(quotient, by)
             number = scale_number(number, factor)
             grads.append(attach_unit(number, quotient) if unit_aware else number)
         return grads

@@ -33,6 +33,7 @@ class Operator(NamedTuple):
     rule: Rule
     adds_up: bool = False
     order: int = 1
+    power: int = 1  # of the unit of the argument
 
 
 def pull_back(func: Callable[..., Any], diff: Sequence[Any], context: Context) -> Any:
