@@ -13,11 +13,12 @@ import jax
 import tqdm
 
 from .cases import choosing, eager, states_compiled, states_eager, states_tracing, tracing
+from .derivatives import first_derivative, jacobian_diagonal, second_derivative
 from .interleave import interleave
 from .training import training, training_wide
 
 
-# The case, the sizes of the tree, and the rounds of each: 7 at least.
+# The case, the sizes (leaves of a tree, or points), and the rounds of each: 7 at least.
 CASES = {
     "eager": (eager, [8, 100], 31),
     "tracing": (tracing, [8, 100, 1000], 11),
@@ -25,6 +26,9 @@ CASES = {
     "states_eager": (states_eager, [8, 100], 31),
     "states_tracing": (states_tracing, [8, 100, 1000], 11),
     "states_compiled": (states_compiled, [100, 1000], 31),
+    "first_derivative": (first_derivative, [4096], 31),
+    "second_derivative": (second_derivative, [4096], 31),
+    "jacobian_diagonal": (jacobian_diagonal, [1024], 15),
     "training": (training, [8, 100, 1000], 31),
     "training_wide": (training_wide, [8], 15),
 }
@@ -32,7 +36,7 @@ CASES = {
 
 def run(name: str, size: int) -> None:
     case, _, rounds = CASES[name]
-    print(f"\n{name}, {size:,} leaves")
+    print(f"\n{name}, {size:,}")
     for way, timing in interleave(case(size), rounds).items():
         print(
             f"  {way:16}{timing.seconds * 1e3:10.2f} ms"

@@ -91,3 +91,17 @@ def test_finetune_fails_below_its_accuracy(tmp_path):
     result = run("finetune.py", "--steps", "4", cwd=tmp_path)
     assert result.returncode == 1
     assert "The test accuracy is below 96%" in result.stderr
+
+
+def test_burgers_pinn_agrees_with_cole_and_hopf(tmp_path):
+    result = run("burgers_pinn.py", "--steps", "1500", "--seed", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "relative L2 error: " in result.stdout
+    assert "training: 100%" in result.stderr
+    assert (tmp_path / "burgers_pinn.png").stat().st_size > 10_000
+
+
+def test_burgers_pinn_fails_when_it_is_not_trained(tmp_path):
+    result = run("burgers_pinn.py", "--steps", "50", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "The relative L2 error is above 5%" in result.stderr

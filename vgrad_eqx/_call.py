@@ -33,6 +33,7 @@ class Call:
     """A function with its arguments, as a function of the values to differentiate by."""
 
     output: Output
+    cotangent_unit: Any = None
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class Call:
                 return tuple(map(jnp.ones_like, value))
             output, _ = self.output.join(value, arrays[0] if is_replay else arrays)
             given = parse_cotangent(self._cotangent, output, self.output, self._name)
-            numbers, self._unit = given
+            numbers, self.cotangent_unit = given
             return numbers
 
         return self._operator.rule(func, self._diff, Context(self.names, seed))
@@ -109,7 +110,7 @@ class Call:
     def collect(self, grads: Any, unit_aware: bool) -> list[Any]:
         """The derivatives by each part, as the user is to see them."""
         if self._operator.adds_up:
-            unit = self.output.units[0] if self._cotangent is None else self._unit
+            unit = self.output.units[0] if self._cotangent is None else self.cotangent_unit
             return self._collect_row(grads, unit, unit_aware)
         rows = [
             self._collect_row(row, unit, unit_aware)
@@ -125,14 +126,15 @@ class Call:
         units = [find_quotient(unit, by) for by in self._units]
         pairs = list(zip(row, units, strict=True))
         return [
-            part.collect([self._collect_second(part, *pair, unit_aware) for pair in values])
+            part.collect([self._collect_second(part, pair, unit_aware) for pair in values])
             for part, values in self._share(pairs)
         ]
 
     def _collect_second(
-        self, part: Part, row: Sequence[Any], unit: Any, unit_aware: bool
+        self, part: Part, derivative: tuple[Sequence[Any], Any], unit_aware: bool
     ) -> Any:
-        """The derivatives of one derivative, by the same part."""
+        """The derivatives of one derivative, in its unit, by the same part."""
+        row, unit = derivative
         grads = self._attach_units(row, unit, unit_aware)
         collected = [(each, each.collect(values)) for each, values in self._share(grads)]
         if part is self._states:

@@ -172,7 +172,7 @@ class _Elementwise:
         batch in other ways than the same row at another place.
         """
         shape, dtype = jnp.shape(like), jnp.result_type(like)
-        vectors = [np.ones(shape)]
+        vectors: list[Any] = [np.ones(shape)]
         if self.check:
             most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
             exponents = 1 + min(30, most // 2 - 1) // self.order
