@@ -200,6 +200,17 @@ def test_the_state_of_batch_norm_is_carried_along(has_aux):
     assert (metrics.aux is not None) is has_aux
 
 
+def test_a_line_search_with_the_state_of_batch_norm():
+    model, nn_state = eqx.nn.make_with_state(Normed)(jr.key(0))
+    step = vg.train_step(normed_loss, optax.lbfgs())
+    state = step.init(model, nn_state=nn_state)
+    values = []
+    for _ in range(3):
+        state, metrics = step(state, *make_batch())
+        values.append(float(metrics.value))
+    assert values[2] < values[0]
+
+
 def test_what_is_frozen_stays_and_is_not_copied():
     model = make_mlp()
     step = vg.train_step(loss, optax.adamw(1e-2, weight_decay=0.5), "layers.2")

@@ -196,7 +196,8 @@ def _is_array(leaf: Any) -> bool:
 def _list_arguments(
     model: Any, nn_state: Any, key: Any, batch: Sequence[Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    states = () if nn_state is None else (nn_state,)
+    # A copy, because an `equinox.nn.State` is used up by the function that changes it.
+    states = () if nn_state is None else (jtu.tree_map(lambda leaf: leaf, nn_state),)
     return (model, *states, *batch), {} if key is None else {"key": key}
 
 
