@@ -26,7 +26,7 @@ CASES = {
     "states_eager": (states_eager, [8, 100], 31),
     "states_tracing": (states_tracing, [8, 100, 1000], 11),
     "states_compiled": (states_compiled, [100, 1000], 31),
-    "first_derivative": (first_derivative, [4096], 31),
+    "first_derivative": (first_derivative, [4096], 201),
     "second_derivative": (second_derivative, [4096], 31),
     "jacobian_diagonal": (jacobian_diagonal, [1024], 15),
     "training": (training, [8, 100, 1000], 31),

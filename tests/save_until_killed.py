@@ -1,6 +1,6 @@
 """Saves checkpoint after checkpoint, in children that are killed at random moments.
 
-It forks before JAX has started a thread, so that a child takes no time to start. Each child
+They are large, so that many moments fall into the writing. It forks before JAX has started a thread, so that a child takes no time to start. Each child
 writes the number of a checkpoint to a pipe when it is whole. Prints, for each child, that
 number and what is found in the file.
 """
@@ -20,7 +20,7 @@ warnings.simplefilter("ignore")  # JAX warns of forks
 
 
 def make(number):
-    return {"w": np.full(200_000, number, "float32"), "number": number}
+    return {"w": np.full(2_000_000, number, "float32"), "number": number}
 
 
 def save_forever(path, first, pipe):
@@ -50,7 +50,7 @@ def main(path, num_children):
     last = 0
     vg.save(path, make(last))
     for _ in range(num_children):
-        reported = run_child(path, last + 1, generator.uniform(0.005, 0.06))
+        reported = run_child(path, last + 1, generator.uniform(0.02, 0.12))
         if reported is not None:
             last = reported
         loaded = vg.load(path, make(0))

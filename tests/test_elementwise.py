@@ -89,6 +89,15 @@ def test_random_mixing_functions_are_refused(seed):
             vg.elementwise_grad(func)(draw_point(generator))
 
 
+def test_no_pair_of_elements_is_missed():
+    generator = np.random.default_rng(0)
+    x = jnp.asarray(generator.normal(size=1000), jnp.float32)
+    for _ in range(150):
+        i, j = generator.choice(len(x), 2, replace=False)
+        with pytest.raises(ValueError, match="depends on other elements"):
+            vg.elementwise_grad(lambda x, i=i, j=j: x.at[i].add(0.1 * x[j]))(x)
+
+
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", MIXING)
@@ -196,3 +205,47 @@ def test_other_shapes_are_refused():
 def test_wrong_orders(order: Any, error):
     with pytest.raises(error, match=r"`elementwise_grad\(order=...\)` must be"):
         vg.elementwise_grad(jnp.sin, order=order)
+
+
+def of_tree(tree, x, scale):
+    return {"p": tree["a"] * jnp.sin(x) * scale, "n": 3}
+
+
+def of_tree_with_aux(tree, x, scale):
+    return of_tree(tree, x, scale), {"tag": "s"}
+
+
+@pytest.mark.parametrize("return_value", [False, True])
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("argnums", "selected"),
+    [(None, False), (1, False), ((1,), False), ([-1, 0], False), (None, True), ((2, 1), True)],
+)
+def test_results_are_those_of_both_tables(argnums, selected, order, has_aux, return_value):
+    tree = {"a": jnp.array([1.0, 2.0]), "n": 3}
+    x, scale = jnp.array([0.1, 0.2]), jnp.array([2.0, 3.0])
+    a, s, c = tree["a"], jnp.sin(x), jnp.cos(x)
+    zero = jnp.zeros(2)
+    by_a, by_scale = (s * scale, a * s) if order == 1 else (zero, zero)
+    by_x = a * c * scale if order == 1 else -a * s * scale
+    wrap = lambda entry: {"p": entry, "n": None}
+    by_arg = [wrap({"a": by_a, "n": None}), wrap(by_x), wrap(by_scale)]
+    grads: Any = [wrap({"a": by_a})] if selected else []
+    if isinstance(argnums, tuple | list):
+        grads.append(tuple([by_arg[i] for i in argnums]))
+    elif not selected:
+        grads.append(by_arg[argnums or 0])
+    expected: Any = [grads[0] if len(grads) == 1 else tuple(grads)]
+    expected += [of_tree(tree, x, scale)] if return_value else []
+    expected += [{"tag": "s"}] if has_aux else []
+    transform = vg.elementwise_grad(
+        of_tree_with_aux if has_aux else of_tree,
+        "a" if selected else None,
+        argnums,
+        has_aux=has_aux,
+        return_value=return_value,
+        order=order,
+    )
+    expected = expected[0] if len(expected) == 1 else tuple(expected)
+    assert tree_allclose(transform(tree, x, scale), expected)

@@ -351,3 +351,27 @@ def test_cotangents_of_several_units_are_refused():
     func = lambda tau: (tau, tau**2)
     with pytest.raises(u.UnitMismatchError, match="times the output must have one dimension"):
         vg.vector_grad(func, cotangent=cotangent)(TAU)
+
+
+def test_outputs_of_several_dtypes():
+    def func(tree):
+        return {
+            "half": jnp.sin(tree["a"]).astype("float16"),
+            "single": tree["b"] * tree["a"][0],
+        }
+
+    tree = {"a": jnp.array([0.1, 0.2]), "b": jnp.array([1.0, 2.0], "float16")}
+    for ours, theirs in JACOBIANS.values():
+        assert tree_allclose(ours(func)(tree), theirs(func)(tree), rtol=1e-3, atol=1e-3)
+    total = lambda tree: sum(jnp.sum(leaf.astype("float32")) for leaf in func(tree).values())
+    expected = jax.grad(total)(tree)
+    assert tree_allclose(vg.vector_grad(func)(tree), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_hessian_leaves_integers_out():
+    hessian = vg.hessian(lambda tree: tree["x"] ** 3 * tree["n"])({"x": jnp.array(2.0), "n": 3})
+    assert tree_allclose(hessian, {"x": {"x": jnp.array(36.0), "n": None}, "n": None})
+    with pytest.raises(
+        TypeError, match=r"`hessian\(argnums=...\)` must name an argument with an"
+    ):
+        vg.hessian(lambda n: 2.0 * n)(jnp.arange(3))
