@@ -1,8 +1,8 @@
 """Saves checkpoint after checkpoint, in children that are killed at random moments.
 
-They are large, so that many moments fall into the writing. It forks before JAX has started a thread, so that a child takes no time to start. Each child
-writes the number of a checkpoint to a pipe when it is whole. Prints, for each child, that
-number and what is found in the file.
+They are large, so that many moments fall into the writing. It forks before JAX has started a
+thread, so that a child takes no time to start. Each child writes the number of a checkpoint to
+a pipe when it is whole. Prints, for each child, that number and what is found in the file.
 """
 
 import os
