@@ -123,7 +123,7 @@ class State:
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
             f"{self!r} is a reference and no array. Take its `value`. To save the states of a "
-            "module, save `{path: state.value for path, state in vg.states(module).items()}`."
+            "module, use `vg.save`."
         )
 
     __jax_array__ = __array__

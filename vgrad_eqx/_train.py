@@ -24,8 +24,8 @@ def train_step(
     """Creates a compiled training step: the gradient of `func`, and a step of `tx`.
 
     The state of the training travels as flat arrays, which each step takes over, so a call
-    costs what `jax.jit` over a tuple of these arrays costs, and takes half of the memory of a
-    step that does not take them over. Nothing waits for results, so steps overlap.
+    costs little more than `jax.jit` over a tuple of these arrays, and takes half of the memory
+    of a step that does not take them over. Nothing waits for results, so steps overlap.
 
     **Arguments:**
 
