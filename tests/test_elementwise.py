@@ -249,3 +249,19 @@ def test_results_are_those_of_both_tables(argnums, selected, order, has_aux, ret
     )
     expected = expected[0] if len(expected) == 1 else tuple(expected)
     assert tree_allclose(transform(tree, x, scale), expected)
+
+
+def test_the_program_is_that_of_the_gradient_of_the_sum():
+    mlp = eqx.nn.MLP(2, "scalar", 16, 3, jnp.tanh, key=jr.key(0))
+    t, x = jr.normal(jr.key(1), (2, 64))
+    func = lambda t, x: jax.vmap(lambda t, x: mlp(jnp.stack([t, x])))(t, x)
+
+    def measure(derivative):
+        compiled = jax.jit(derivative).lower(t, x).compile()
+        cost, text = compiled.cost_analysis(), compiled.as_text()
+        assert cost is not None
+        assert text is not None
+        return text.count(" = "), cost["flops"], cost["bytes accessed"]
+
+    ours = measure(vg.elementwise_grad(func, argnums=1, check=False))
+    assert ours == measure(jax.grad(lambda t, x: func(t, x).sum(), 1))

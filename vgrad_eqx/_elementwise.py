@@ -172,14 +172,15 @@ class _Elementwise:
         batch in other ways than the same row at another place.
         """
         shape, dtype = jnp.shape(like), jnp.result_type(like)
+        if not self.check:
+            return [jnp.ones(shape, dtype)]
         vectors: list[Any] = [np.ones(shape)]
-        if self.check:
-            most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
-            exponents = 1 + min(30, most // 2 - 1) // self.order
-            order = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape)
-            choices = exponents if self.order % 2 == 0 else 2 * exponents
-            for digit in (order % choices, order // choices % choices):
-                vectors.append(np.where(digit < exponents, 1, -1) * 2.0 ** (digit % exponents))
+        most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
+        exponents = 1 + min(30, most // 2 - 1) // self.order
+        order = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape)
+        choices = exponents if self.order % 2 == 0 else 2 * exponents
+        for digit in (order % choices, order // choices % choices):
+            vectors.append(np.where(digit < exponents, 1, -1) * 2.0 ** (digit % exponents))
         # The barrier hides their values, so that all products compile to the same operations.
         return jax.lax.optimization_barrier([jnp.asarray(each, dtype) for each in vectors])
 
