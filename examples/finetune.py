@@ -37,7 +37,7 @@ GROUPS = {HEAD: optax.adam(3e-3), ~vg.path(HEAD): optax.adam(1e-3)}
 
 def load_data(seed):
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
-    images = (images / 16).reshape(-1, 1, 8, 8).astype("float32")
+    images = (images / 16).reshape(-1, 1, 8, 8)
     return sklearn.model_selection.train_test_split(
         images, labels, test_size=0.25, random_state=seed, stratify=labels
     )

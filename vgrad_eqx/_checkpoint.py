@@ -96,13 +96,14 @@ def load(path: str | os.PathLike[str], like: Any, *, strict: bool = True) -> Any
     **Example:**
 
         >>> import os, tempfile
-        >>> import brainunit as u
+        >>> import brainunit as u, jax.numpy as jnp
         >>> import vgrad_eqx as vg
         >>> path = os.path.join(tempfile.mkdtemp(), "checkpoint")
-        >>> vg.save(path, {"tau": 10.0 * u.ms})
-        >>> vg.load(path, {"tau": 0.0 * u.ms})["tau"]
+        >>> vg.save(path, {"tau": jnp.array(10.0, "float32") * u.ms})
+        >>> zero = jnp.array(0.0, "float32")
+        >>> vg.load(path, {"tau": zero * u.ms})["tau"]
         Quantity(10., "ms")
-        >>> vg.load(path, {"tau": 0.0 * u.second})
+        >>> vg.load(path, {"tau": zero * u.second})
         Traceback (most recent call last):
         ValueError: `load(like=...)` must be like the checkpoint. There is float32[] in s at \
 `tau`, and float32[] in ms in the file. Pass `strict=False` to load what fits.
