@@ -319,5 +319,5 @@ def test_a_killed_process_leaves_a_whole_checkpoint(path):
     pairs = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
     assert len(pairs) == 50
     assert all(loaded >= reported for reported, loaded in pairs)
-    assert pairs[-1][0] > 25
+    assert pairs[-1][0] > 10
     assert set(os.listdir(path.parent)) <= {"checkpoint", ".checkpoint.part"}
