@@ -6,6 +6,7 @@ from typing import Any
 import brainunit as u
 import equinox as eqx
 import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -13,7 +14,7 @@ import pytest
 import vgrad_eqx as vg
 
 from .helpers import apply, make_mlp, tree_allclose
-from .test_laws import funcs, scalar_funcs, trees
+from .test_laws import funcs, normal, scalar_funcs, trees
 
 
 JACOBIANS = {
@@ -186,6 +187,54 @@ def test_jacobians_by_path_are_those_over_a_dict(func, tree):
     )
     for ours, theirs in JACOBIANS.values():
         assert tree_allclose(ours(func, True)(tree), theirs(of_params)(params), 1e-4, 1e-4)
+
+
+UNITS = [None, u.ms, u.second, u.mvolt]
+
+
+@hypothesis.given(
+    st.sampled_from(list(SIBLINGS)),
+    st.integers(0, 2**31 - 8),
+    st.sampled_from(UNITS),
+    st.sampled_from(UNITS),
+    st.booleans(),
+)
+def test_laws_over_states_and_units(name, seed, unit, out_unit, by_reference):
+    ours, theirs = SIBLINGS[name]
+    x, mixing = jnp.asarray(normal(seed, (3,))), normal(seed + 1, (2, 3))
+    number = lambda x: jnp.sum(jnp.tanh(mixing @ x)) if name == "grad" else jnp.tanh(mixing @ x)
+    with_unit = lambda x, unit: x if unit is None else x * unit
+    state = vg.State(with_unit(x, unit))
+
+    def func(value):
+        value = state.value if by_reference else value
+        return with_unit(number(u.get_mantissa(value)), out_unit)
+
+    states = [state] if by_reference else None
+    result = ours(func, states, unit_aware=True)(with_unit(x, unit))
+    if name == "hessian" and by_reference:
+        result = result[0][0]
+    elif by_reference:
+        result = result[0]
+    one = lambda unit: u.UNITLESS if unit is None else unit
+    expected_unit = one(out_unit) / one(unit) ** (2 if name == "hessian" else 1)
+    expected = theirs(number, 0)(x) * (
+        expected_unit.magnitude if expected_unit.dim.is_dimensionless else 1.0
+    )
+    assert tree_allclose(u.get_mantissa(result), jnp.asarray(expected, x.dtype), 1e-4, 1e-4)
+    if not expected_unit.dim.is_dimensionless:
+        assert u.get_unit(result) == expected_unit
+
+
+@hypothesis.given(st.sampled_from(["vector_grad", "grad", "jacrev"]), st.integers(0, 2**31 - 8))
+def test_laws_over_complex_arguments(name, seed):
+    ours, theirs = SIBLINGS[name]
+    z = jnp.asarray(normal(seed, (3,)) + 1j * normal(seed + 1, (3,)))
+    mixing = normal(seed + 2, (2, 3))
+    number = lambda z: jnp.abs(mixing @ z) ** 2 if name != "grad" else jnp.sum(jnp.abs(z) ** 3)
+    expected = theirs(number, 0)(z)
+    assert tree_allclose(ours(number)(z), expected)
+    assert tree_allclose(ours(lambda tree: number(tree["z"]), "z")({"z": z}), {"z": expected})
 
 
 def test_a_hessian_by_path_has_all_blocks():
