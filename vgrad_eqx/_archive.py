@@ -21,13 +21,9 @@ class Entry(NamedTuple):
     unit: list[str] | None
 
     def fits(self, other: "Entry") -> bool:
-        if (self.unit is None) != (other.unit is None):
-            return False
         # Of a unit, its size and its dimension count, and not how it is written.
-        units = (
-            [] if self.unit is None or other.unit is None else [self.unit[1:], other.unit[1:]]
-        )
-        return self[:3] == other[:3] and units[:1] == units[1:]
+        ours, theirs = (self.unit or [])[1:], (other.unit or [])[1:]
+        return self[:3] == other[:3] and ours == theirs
 
     def __str__(self) -> str:
         if self.kind.startswith("Python"):

@@ -11,9 +11,7 @@ import numpy as np
 from ._accumulate import accumulate, Result
 from ._flat import FlatTree, put
 from ._optimizer import Optimizer
-from ._plan import list_kinds, Metrics, Options, Plan, strip_key
-from ._rules import Operator, pull_back
-from ._transform import make_transform
+from ._plan import list_kinds, Metrics, name_key, Options, Plan, strip_key
 from ._units import split_unit
 
 
@@ -54,16 +52,10 @@ class ModulePlan(Plan):
         self._optimizer = jtu.tree_structure(optimizer)
         self._avals = tuple([(jnp.shape(array), jnp.result_type(array)) for array in arrays])
         super().__init__(owner, options, list_kinds(len(params), optimizer), arrays, key)
-        self._transform = make_transform(
-            Operator("train_step", pull_back, adds_up=True),
+        self._transform = self.make_gradient(
             _call_with_model(options.func),
             grad_states=flat.unflatten([i in chosen for i in range(len(flat.leaves))]),
-            argnums=None,
-            return_value=True,
             has_aux=options.has_aux or nn_state is not None,
-            unit_aware=True,
-            check_states=options.check_states,
-            debug_nan=False,
         )
 
     @property
@@ -198,7 +190,7 @@ def _list_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     # A copy, because an `equinox.nn.State` is used up by the function that changes it.
     states = () if nn_state is None else (jtu.tree_map(lambda leaf: leaf, nn_state),)
-    return (model, *states, *batch), {} if key is None else {"key": key}
+    return (model, *states, *batch), name_key(key)
 
 
 def _call_with_model(func: Callable[..., Any]) -> Callable[..., Any]:

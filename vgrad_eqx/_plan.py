@@ -14,6 +14,8 @@ from ._accumulate import check_leading_axis
 from ._norms import grad_norms
 from ._output import split_output
 from ._pack import Packing
+from ._rules import Operator, pull_back
+from ._transform import make_transform
 from ._units import attach_unit
 
 
@@ -96,6 +98,20 @@ class Plan(abc.ABC):
     @abc.abstractmethod
     def once(self, arrays: list[Any], frozen: Any, batch: Any) -> tuple[list[Any], Metrics]:
         """Takes one step."""
+
+    def make_gradient(self, func: Any, grad_states: Any, has_aux: bool) -> Any:
+        """What a step differentiates by: value, and auxiliary data if any, come along."""
+        return make_transform(
+            Operator("train_step", pull_back, adds_up=True),
+            func,
+            grad_states=grad_states,
+            argnums=None,
+            return_value=True,
+            has_aux=has_aux,
+            unit_aware=True,
+            check_states=self.options.check_states,
+            debug_nan=False,
+        )
 
     def unpack(self, leaves: Sequence[Any]) -> list[Any]:
         return list(leaves) if self.packing is None else _unpack(self.packing, leaves)
@@ -184,6 +200,11 @@ def strip_key(key: Any) -> list[Any]:
     if key is None:
         return []
     return [key if find_impl(key) is None else jr.key_data(key)]
+
+
+def name_key(key: Any) -> dict[str, Any]:
+    """The keyword argument by which a function is passed a key, if there is one."""
+    return {} if key is None else {"key": key}
 
 
 _pack = jax.jit(Packing.pack, static_argnums=0)

@@ -10,12 +10,10 @@ import jax.tree_util as jtu
 from ._accumulate import accumulate, Result
 from ._flat import put
 from ._memory import Memory
-from ._plan import list_kinds, Metrics, Options, Plan, strip_key
-from ._rules import Operator, pull_back
+from ._plan import list_kinds, Metrics, name_key, Options, Plan, strip_key
 from ._state import read, State, write
 from ._state_optimizer import StateOptimizer
 from ._trace import Trace, trace
-from ._transform import make_transform
 from ._units import attach_unit, split_unit
 
 
@@ -57,17 +55,7 @@ class StatePlan(Plan):
         arrays = list(map(read, self.refs))
         kinds = list_kinds(len(part.diff), memory.value)
         super().__init__(owner, options, kinds, arrays, key)
-        self._transform = make_transform(
-            Operator("train_step", pull_back, adds_up=True),
-            options.func,
-            grad_states=optimizer.states,
-            argnums=None,
-            return_value=True,
-            has_aux=options.has_aux,
-            unit_aware=True,
-            check_states=options.check_states,
-            debug_nan=False,
-        )
+        self._transform = self.make_gradient(options.func, optimizer.states, options.has_aux)
 
     def start(self) -> tuple[Any, ...]:
         """The values that the states have now."""
@@ -116,14 +104,14 @@ class StatePlan(Plan):
         part = self.state_optimizer.split()
 
         def differentiate(_: Any, key: Any, batch: Sequence[Any]) -> Result:
-            var_grads, value, *rest = self._transform(*batch, **_name_key(key))
+            var_grads, value, *rest = self._transform(*batch, **name_key(key))
             return Result(
                 part.list_gradients(var_grads), value, rest[0] if rest else None, None
             )
 
         def evaluate() -> Any:
             def value(_: Any, key: Any, batch: Sequence[Any]) -> Result:
-                out = self.options.func(*batch, **_name_key(key))
+                out = self.options.func(*batch, **name_key(key))
                 return Result([], out[0] if self.options.has_aux else out, None, None)
 
             return self.average(self._accumulate(value, [], subkey, batch).value)
@@ -170,7 +158,3 @@ class StatePlan(Plan):
         keys = [data for key in tree["key"] for data in strip_key(key)]
         opt_state = jtu.tree_leaves(tree["opt_state"])
         return self.enter([*params, *opt_state, *keys, *tree["others"]]), []
-
-
-def _name_key(key: Any) -> dict[str, Any]:
-    return {} if key is None else {"key": key}
