@@ -28,6 +28,7 @@ def test_what_is_public():
         "instance",
         "jacfwd",
         "jacrev",
+        "jit",
         "leaf",
         "load",
         "path",

@@ -8,6 +8,7 @@ from ._elementwise import elementwise_grad as elementwise_grad
 from ._jacobians import hessian as hessian
 from ._jacobians import jacfwd as jacfwd
 from ._jacobians import jacrev as jacrev
+from ._jit import jit as jit
 from ._norms import grad_norms as grad_norms
 from ._norms import plot_grad_norms as plot_grad_norms
 from ._operators import grad as grad

@@ -1,8 +1,8 @@
 """Pytrees taken apart, and modules recognized that have been taken apart before."""
 
-import operator
+import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,15 +11,17 @@ from ._flat import FlatTree
 from ._memory import Memory
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """A module by weak reference, and what it held when it was taken apart."""
 
     module: weakref.ref[eqx.Module]
     flat: FlatTree
-    contents: Sequence[tuple[Any, Sequence[Any]]]
+    # Each of its lists and dicts, and what was in it: the `id`s, which are the fastest to
+    # compare, and the objects, so that no other one can get their `id`s.
+    contents: Sequence[tuple[Iterable[Any], list[int], list[Any]]]
 
     def is_unchanged(self) -> bool:
-        return all(_is_same(_list_contents(node), held) for node, held in self.contents)
+        return all(list(map(id, node)) == ids for node, ids, _ in self.contents)
 
 
 # By `id`, because the hash of a module is that of its leaves. Few, because the leaves of a
@@ -35,29 +37,47 @@ def flatten(tree: Any) -> FlatTree:
     """
     if not isinstance(tree, eqx.Module):
         return FlatTree(tree)
-    known = _known.get(id(tree))
-    if known is not None and known.module() is tree and known.is_unchanged():
+    known = recall(tree)
+    if known is not None:
         return known.flat
     flat = FlatTree(tree, nodes := [])
-    if _can_be_known(nodes, flat):
-        mutable = [vars(tree), *[node for node in nodes if type(node) in (list, dict)]]
-        contents = [(node, _list_contents(node)) for node in mutable]
+    if _can_be_known(tree, nodes, flat):
+        mutable = [each for node in nodes for each in _list_contents(node)]
+        contents = [(each, list(map(id, each)), list(each)) for each in mutable]
         key = id(tree)
         module = weakref.ref(tree, lambda _: _known.pop(key, None))
-        _known[key] = _Known(module, flat, contents)
+        _known[key] = Known(module, flat, contents)
     return flat
 
 
-def _can_be_known(nodes: Sequence[Any], flat: FlatTree) -> bool:
+def recall(module: eqx.Module) -> Known | None:
+    """What is known of an unchanged module that was taken apart before."""
+    known = _known.get(id(module))
+    if known is None or known.module() is not module or not known.is_unchanged():
+        return None
+    return known
+
+
+def _can_be_known(module: eqx.Module, nodes: Sequence[Any], flat: FlatTree) -> bool:
     """Whether only its lists and dicts may change."""
     leaf_types = set(map(type, flat.leaves))
     node_types = set(map(type, nodes)) - leaf_types - {list, dict, type(None)}
-    return all(issubclass(node_type, eqx.Module | tuple) for node_type in node_types)
+    is_known = all(issubclass(node_type, eqx.Module | tuple) for node_type in node_types)
+    return is_known and _is_frozen(module)
 
 
-def _list_contents(node: Any) -> list[Any]:
-    return [*node, *node.values()] if isinstance(node, dict) else list(node)
+def _is_frozen(module: eqx.Module) -> bool:
+    """Whether the `__init__` of a module is over."""
+    for key, value in vars(module).items():
+        try:
+            setattr(module, key, value)
+        except dataclasses.FrozenInstanceError:
+            return True
+        return False
+    return True
 
 
-def _is_same(contents: Sequence[Any], held: Sequence[Any]) -> bool:
-    return len(contents) == len(held) and all(map(operator.is_, contents, held))
+def _list_contents(node: Any) -> list[Iterable[Any]]:
+    if type(node) is dict:
+        return [node, node.values()]
+    return [node] if type(node) is list else []
