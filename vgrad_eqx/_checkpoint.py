@@ -227,7 +227,9 @@ def _restore(leaf: Any, array: np.ndarray) -> Any:
         return attach_unit(array, unit)
     if jnp.issubdtype(jnp.result_type(number), jax.dtypes.prng_key):
         return jr.wrap_key_data(jnp.asarray(array), impl=jr.key_impl(number))
-    sharding = getattr(number, "sharding", None)
+    # What JAX may move to other devices may be moved still.
+    is_free = isinstance(number, jax.Array) and not number.committed
+    sharding = None if is_free else getattr(number, "sharding", None)
     return attach_unit(jax.device_put(array, sharding), unit)
 
 

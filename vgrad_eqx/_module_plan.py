@@ -63,7 +63,7 @@ class ModulePlan(Plan):
         """What tells plans apart that compile to different programs."""
         static = tuple([(type(leaf), leaf) for leaf in self._static])
         structures = (self._structure, self._carry, self._optimizer)
-        return structures, static, tuple(self._chosen), self._avals, self.impl
+        return structures, static, tuple(self._chosen), self._avals, self.impl, self.shardings
 
     def start(
         self, flat: FlatTree, optimizer: Optimizer, key: Any, nn_state: Any

@@ -15,6 +15,7 @@ from ._norms import grad_norms
 from ._output import split_output
 from ._pack import Packing
 from ._rules import Operator, pull_back
+from ._sharding import constrain, find_sharding, spread
 from ._transform import make_transform
 from ._units import attach_unit
 
@@ -93,6 +94,7 @@ class Plan(abc.ABC):
         if options.packed:
             others = [None] * (len(arrays) - len(kinds))
             self.packing = Packing([*kinds, *others], arrays)
+        self.shardings = tuple(map(find_sharding, arrays))
         self.compiled = jax.jit(self.run, donate_argnums=0)
 
     @abc.abstractmethod
@@ -127,12 +129,13 @@ class Plan(abc.ABC):
             arrays, metrics = jax.lax.scan(
                 lambda arrays, batch: self.once(arrays, frozen, batch), arrays, batch, length
             )
+        arrays = constrain(arrays, self.shardings)
         leaves = tuple(arrays) if self.packing is None else self.packing.pack(arrays)
         return leaves, metrics.value, metrics.aux, metrics.grad_norms
 
     def enter(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
         """Copies of arrays, which may be donated, as a step takes them."""
-        own = [jnp.array(array, jnp.result_type(array), copy=True) for array in arrays]
+        own = spread([jnp.array(x, jnp.result_type(x), copy=True) for x in arrays])
         return tuple(own) if self.packing is None else _pack(self.packing, own)
 
     def copy(self, leaves: Sequence[Any], part: slice) -> list[Any]:

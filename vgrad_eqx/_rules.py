@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._debug import name_shapes
+from ._sharding import lay_out_like
 
 
 class Context(NamedTuple):
@@ -39,7 +40,8 @@ class Operator(NamedTuple):
 def pull_back(func: Callable[..., Any], diff: Sequence[Any], context: Context) -> Any:
     """The product of cotangents and the Jacobian."""
     value, pull, arrays = jax.vjp(func, *diff, has_aux=True)
-    return value, pull(tuple(context.seed(value, arrays))), arrays
+    grads = pull(tuple(context.seed(value, arrays)))
+    return value, lay_out_like(grads, diff), arrays
 
 
 def pull_back_scalar(func: Callable[..., Any], diff: Sequence[Any], context: Context) -> Any:
@@ -51,7 +53,7 @@ def pull_back_scalar(func: Callable[..., Any], diff: Sequence[Any], context: Con
             f"{name_shapes(value)}. Use `vector_grad` for the gradient of the sum of all "
             "outputs, or `jacrev` for all derivatives."
         )
-    return value, pull((jnp.ones_like(value[0]),)), arrays
+    return value, lay_out_like(pull((jnp.ones_like(value[0]),)), diff), arrays
 
 
 def use_jax(differentiate: Callable[..., Any]) -> Rule:

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 
 from ._optimizer import Optimizer
 from ._parts import parse_grad_states, RefPart
+from ._sharding import spread
 from ._state import State, write
 from ._trace import call_with
 from ._units import split_unit
@@ -65,6 +66,10 @@ class StateOptimizer(eqx.Module):
                 "twice. Rename one of the keys."
             )
         optimizer = Optimizer(tx, dict(zip(part.names, part.diff, strict=True)))
+        # A compiled function takes references on the same devices only.
+        arrays, structure = jtu.tree_flatten(optimizer)
+        numbers = [split_unit(param)[0] for param in part.diff]
+        optimizer = jtu.tree_unflatten(structure, spread(arrays, numbers))
         self.memory = State(optimizer, "the memory of an optimizer")
 
     @property

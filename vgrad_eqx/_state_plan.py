@@ -127,9 +127,9 @@ class StatePlan(Plan):
 
     def sync(self, leaves: Sequence[Any], count: int) -> None:
         """Gives the states the values that are carried."""
-        write(self._count, jnp.asarray(count, jnp.int32), "A count")
-        for ref, array in zip(self.refs, self.copy(leaves, slice(None)), strict=True):
-            write(ref, array, "A state")
+        arrays = [*self.copy(leaves, slice(None)), jnp.asarray(count, jnp.int32)]
+        for ref, array in zip([*self.refs, self._count], arrays, strict=True):
+            write(ref, jax.device_put(array, ref.sharding), "A state")
 
     def get_optimizer(self, leaves: Sequence[Any], count: int) -> Any:
         """The optimizer of the values, by name."""
