@@ -1,66 +1,120 @@
-"""Prints how long this library takes, against the same work by hand.
+"""Compares this library with the same work by hand, and with its peers.
 
 Each case runs in a process of its own, because compiled programs fill the memory map of one.
 """
 
 import argparse
-import platform
+import dataclasses
+import json
 import subprocess
 import sys
-from importlib.metadata import version
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
 import tqdm
 
-from .cases import choosing, eager, states_compiled, states_eager, states_tracing, tracing
 from .derivatives import first_derivative, jacobian_diagonal, second_derivative
+from .gradients import compiled, compiled_wide, eager, tracing
+from .imports import imports
 from .interleave import interleave
+from .report import describe_machine, plot, print_table, save
+from .states import choosing, states_compiled, states_eager, states_tracing
 from .training import training, training_wide
+from .units import unit_aware, unit_aware_eager
 
 
-# The case, the sizes (leaves of a tree, or points), and the rounds of each: 7 at least.
+class Case(NamedTuple):
+    """What is measured, in which sizes (of leaves, or of points), and in how many rounds."""
+
+    make: Any
+    sizes: list[int]
+    rounds: int
+    quick: list[int] = []
+
+
 CASES = {
-    "eager": (eager, [8, 100], 31),
-    "tracing": (tracing, [8, 100, 1000], 11),
-    "choosing": (choosing, [10_000], 31),
-    "states_eager": (states_eager, [8, 100], 31),
-    "states_tracing": (states_tracing, [8, 100, 1000], 11),
-    "states_compiled": (states_compiled, [100, 1000], 31),
-    "first_derivative": (first_derivative, [4096], 201),
-    "second_derivative": (second_derivative, [4096], 31),
-    "jacobian_diagonal": (jacobian_diagonal, [1024], 15),
-    "training": (training, [8, 100, 1000], 31),
-    "training_wide": (training_wide, [8], 15),
+    "compiled": Case(compiled, [8, 100, 1000, 4000], 31, [8]),
+    "compiled_wide": Case(compiled_wide, [8], 31),
+    "eager": Case(eager, [8, 100], 31, [8]),
+    "training": Case(training, [8, 100, 1000], 31, [8]),
+    "training_wide": Case(training_wide, [8], 15),
+    "tracing": Case(tracing, [8, 100, 1000], 11, [8]),
+    "unit_aware": Case(unit_aware, [8, 100], 31, [8]),
+    "unit_aware_eager": Case(unit_aware_eager, [8], 31),
+    "first_derivative": Case(first_derivative, [4096], 201, [512]),
+    "second_derivative": Case(second_derivative, [4096], 31),
+    "jacobian_diagonal": Case(jacobian_diagonal, [1024], 15),
+    "states_eager": Case(states_eager, [8, 100], 31),
+    "states_tracing": Case(states_tracing, [8, 100, 1000], 11),
+    "states_compiled": Case(states_compiled, [100, 1000], 31),
+    "choosing": Case(choosing, [10_000], 31),
+    "import": Case(imports, [1], 9, [1]),
 }
+QUICK_ROUNDS = 5
 
 
-def run(name: str, size: int) -> None:
-    case, _, rounds = CASES[name]
-    print(f"\n{name}, {size:,}")
-    for way, timing in interleave(case(size), rounds).items():
-        print(
-            f"  {way:16}{timing.seconds * 1e3:10.2f} ms"
-            f"   {timing.ratio:5.2f} [{timing.low:.2f} {timing.high:.2f}]"
-            f"   first call {timing.first:.2f} s"
-        )
+def run(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
+    """One case, in this process."""
+
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{name}, {size:,}: {text}", end="", file=sys.stderr, flush=True)
+
+    timings = interleave(CASES[name].make(size), rounds, show)
+    show("")
+    print_table(name, size, timings)
+    return [
+        {"case": name, "size": size, "way": way, **dataclasses.asdict(timing)}
+        for way, timing in timings.items()
+    ]
+
+
+def run_apart(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
+    """One case, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        options = ["--size", str(size), "--rounds", str(rounds), "--json", str(path)]
+        subprocess.run([sys.executable, "-m", "benchmarks", name, *options], check=True)
+        return json.loads(path.read_text())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
+    parser.add_argument("--quick", action="store_true", help="small sizes, in two minutes")
+    parser.add_argument("--json", type=Path, default="benchmarks.json", help="the results")
+    parser.add_argument("--plot", type=Path, default="benchmarks.png", help="the plot")
     parser.add_argument("--size", type=int, help="only this size, in this process")
+    parser.add_argument("--rounds", type=int, help="how many, instead of those of the case")
     args = parser.parse_args()
+    unknown = [name for name in args.cases if name not in CASES]
+    if unknown:
+        parser.error(f"There is no case {unknown[0]!r}. The cases are {', '.join(CASES)}.")
     if args.size:
-        for name in args.cases:
-            run(name, args.size)
+        rounds = args.rounds or CASES[args.cases[0]].rounds
+        results = [row for name in args.cases for row in run(name, args.size, rounds)]
+        args.json.write_text(json.dumps(results))
         return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "equinox", "brainstate"))
-    print(f"{jax.devices()[0]}, Python {platform.python_version()}, {versions}")
+    machine = describe_machine()
+    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     print("Ratios to the first way of each case: median [quartiles].", flush=True)
-    runs = [(name, size) for name in args.cases for size in CASES[name][1]]
-    for name, size in tqdm.tqdm(runs, desc="cases", leave=False):
-        command = [sys.executable, "-m", "benchmarks", name, "--size", str(size)]
-        subprocess.run(command, check=True)
+    results: list[dict[str, Any]] = []
+    runs = [
+        (name, size)
+        for name in args.cases
+        for size in (CASES[name].quick if args.quick else CASES[name].sizes)
+    ]
+    for name, size in tqdm.tqdm(runs, desc="cases"):
+        rounds = QUICK_ROUNDS if args.quick else args.rounds or CASES[name].rounds
+        results += run_apart(name, size, rounds)
+    save(args.json, machine, results)
+    plot(args.plot, machine, results)
+    print(f"\nresults: {args.json}, plot: {args.plot}")
+    if machine["not installed"]:
+        print(f"not installed, and so left out: {', '.join(machine['not installed'])}")
 
 
 if __name__ == "__main__":

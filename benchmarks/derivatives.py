@@ -9,7 +9,8 @@ import jax.random as jr
 import vgrad_eqx as vg
 from jax.experimental.jet import jet
 
-from .cases import Ways
+from .gradients import Ways
+from .peers import by_peers
 
 
 def make_problem(num_points: int):
@@ -45,6 +46,11 @@ def first_derivative(num_points: int) -> Ways:
         "with its check": vg.elementwise_grad(batch, argnums=2),
         "vector_grad": vg.vector_grad(batch, argnums=2),
     }
+    funcs = by_peers(
+        funcs,
+        brainstate=lambda bst: {"brainstate": bst.transform.vector_grad(batch, argnums=2)},
+        saiunit=lambda sai: {"saiunit": sai.autograd.vector_grad(batch, argnums=2)},
+    )
     return compile_all(funcs, args)
 
 

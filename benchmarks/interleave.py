@@ -1,15 +1,42 @@
 """Timing of several ways to do the same, interleaved in one process."""
 
+import dataclasses
+import gc
 import random
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 
 
-class Timing(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way that is not only called.
+
+    With `prepare`, it is passed what that returns, anew at each call and outside of the
+    measurement. If `is_timer`, it returns the seconds that it has measured itself.
+    """
+
+    call: Callable[..., Any]
+    prepare: Callable[[], Any] | None = None
+    is_timer: bool = False
+
+    def measure(self, times: int) -> float:
+        """Seconds for a call, of several."""
+        if self.is_timer:
+            return self.call()
+        prepared = [(self.prepare(),) if self.prepare else () for _ in range(times)]
+        start = time.perf_counter()
+        for args in prepared:
+            out = self.call(*args)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / times
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
     """Seconds of the first call, which may compile, and of the median round, and the ratio
     to the first way with its quartiles."""
 
@@ -20,29 +47,37 @@ class Timing(NamedTuple):
     high: float
 
 
-def interleave(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+def interleave(
+    ways: dict[str, Any], rounds: int, show: Callable[[str], None] = print
+) -> dict[str, Timing]:
     """Times every way in every round, so that the noise of the machine hits all alike.
 
-    A way leaves caches and garbage behind for the next one, so their order changes too.
+    A way leaves caches behind for the next one, so their order changes too, and its garbage is
+    collected before.
     """
+    ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
     firsts = {}
     for name, way in ways.items():
-        start = time.perf_counter()
-        jax.block_until_ready(way())
-        firsts[name] = time.perf_counter() - start
-        jax.block_until_ready(way())
+        show(f"first call: {name}")
+        firsts[name] = way.measure(1)
+        way.measure(1)
+    # Short calls are repeated, for 2 ms at least.
+    shortest = min(way.measure(1) for way in ways.values())
+    times = max(1, min(200, int(2e-3 / shortest)))
+    for way in ways.values():
+        way.measure(min(times, 50))
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     order = list(ways)
-    for seed in range(rounds):
-        random.Random(seed).shuffle(order)
+    for number in range(rounds):
+        show(f"round {number + 1} of {rounds}")
+        random.Random(number).shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            jax.block_until_ready(ways[name]())
-            seconds[name].append(time.perf_counter() - start)
+            gc.collect()
+            seconds[name].append(ways[name].measure(times))
     floor = next(iter(seconds.values()))
     timings = {}
-    for name, times in seconds.items():
-        ratios = [time / base for time, base in zip(times, floor, strict=True)]
+    for name, measured in seconds.items():
+        ratios = [each / base for each, base in zip(measured, floor, strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4)
-        timings[name] = Timing(firsts[name], statistics.median(times), ratio, low, high)
+        timings[name] = Timing(firsts[name], statistics.median(measured), ratio, low, high)
     return timings

@@ -1,7 +1,8 @@
-"""Whole training steps with adam: by hand, as usual with Equinox, and by this library."""
+"""Whole training steps with adam: by hand, by the peers, and by this library."""
 
 import functools as ft
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,7 +11,9 @@ import jax.tree_util as jtu
 import optax
 import vgrad_eqx as vg
 
-from .cases import Net, Ways
+from .gradients import Ways
+from .models import apply_params, make_brain_states, make_nnx_net, Net
+from .peers import by_peers
 
 
 TX = optax.adam(1e-3)
@@ -18,6 +21,10 @@ TX = optax.adam(1e-3)
 
 def loss(net, xs):
     return jnp.sum(jax.vmap(net)(xs) ** 2)
+
+
+def loss_of_params(params, xs):
+    return jnp.sum(apply_params(params, len(params), xs) ** 2)
 
 
 def copy(arrays):
@@ -122,6 +129,38 @@ def step_over_states(net: Net, xs: jax.Array) -> Callable[[], object]:
     return call
 
 
+def step_by_brainstate(
+    brainstate: Any, braintools: Any, net: Net, xs: jax.Array
+) -> Callable[[], object]:
+    states = dict(enumerate(make_brain_states(brainstate, net)))
+    opt = braintools.optim.Adam(lr=1e-3)
+    opt.register_trainable_weights(states)
+
+    def func():
+        return loss_of_params([state.value for state in states.values()], xs)
+
+    @brainstate.transform.jit
+    def step():
+        grads, result = brainstate.transform.grad(func, states, return_value=True)()
+        opt.update(grads)
+        return result
+
+    return step
+
+
+def step_by_nnx(nnx: Any, net: Net, xs: jax.Array) -> Callable[[], object]:
+    model = make_nnx_net(nnx, net)
+    opt = nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, opt, xs):
+        result, grads = nnx.value_and_grad(lambda model: jnp.sum(model(xs) ** 2))(model)
+        opt.update(model, grads)
+        return result
+
+    return lambda: step(model, opt, xs)
+
+
 def repeat(call: Callable[[], object], times: int) -> Callable[[], object]:
     """Several steps, which overlap where nothing waits for a result."""
 
@@ -143,6 +182,12 @@ def training(num_leaves: int) -> Ways:
         "packed": step_by_train_step(net, xs, packed=True),
         "over states": step_over_states(net, xs),
     }
+    ways = by_peers(
+        ways,
+        brain=lambda bst, tools: {"brainstate": step_by_brainstate(bst, tools, net, xs)},
+        nnx=lambda nnx: {"nnx": step_by_nnx(nnx, net, xs)},
+    )
+    # Several in a round, because they overlap where nothing waits for a result.
     times = max(2000 // num_leaves, 5)
     return {name: repeat(call, times) for name, call in ways.items()}
 

@@ -105,3 +105,21 @@ def test_burgers_pinn_fails_when_it_is_not_trained(tmp_path):
     result = run("burgers_pinn.py", "--steps", "50", cwd=tmp_path)
     assert result.returncode == 1
     assert "The relative L2 error is above 5%" in result.stderr
+
+
+def test_multihost_loses_a_process_and_goes_on(tmp_path):
+    result = run(
+        "multihost.py", "--steps", "120", "--kill-at", "60", "--seed", "1", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "killed one at step 60" in result.stdout
+    assert "Process 0 cannot reach the others, one of which may have stopped" in result.stderr
+    assert "largest difference of a parameter: " in result.stdout
+    assert "training: 100%" in result.stderr
+    assert (tmp_path / "multihost.png").stat().st_size > 10_000
+
+
+def test_multihost_refuses_shares_that_differ(tmp_path):
+    result = run("multihost.py", "--processes", "3", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "`--processes` must divide 256. Got 3." in result.stderr

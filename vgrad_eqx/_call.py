@@ -13,6 +13,7 @@ from ._memory import Memory
 from ._output import Output, split_output
 from ._parts import ArgPart, Part, RefPart, StatePart
 from ._rules import Context, Operator
+from ._select import shorten
 from ._state import read, write
 from ._trace import describe_call, Trace, trace
 from ._units import attach_unit, divide_units, find_quotient, scale_number, split_unit
@@ -216,7 +217,7 @@ class Call:
             if names:
                 raise ValueError(
                     f"`{self._name}(grad_states=...)` must select leaves on which the output "
-                    f"of `func` depends. It does not depend on {', '.join(names)}. Narrow the "
+                    f"of `func` depends. It does not depend on {shorten(names)}. Narrow the "
                     "selector, or pass `check_states=False` to get zeros."
                 )
 

@@ -57,37 +57,35 @@ class Program:
         own, transform_frame = _split(transform)
         _, first_frame = _split(marked_first)
         _, rest_frame = _split(marked)
-        is_plain = not is_exact and not kwargs and _is_plain(marked)
-        num_own, num_leaves = len(own), len(own) + len(first_frame.places)
+        is_plain = not kwargs and _is_plain(marked)
+        is_bare = not own and _is_plain(marked_first) and not _is_flat(first)
+        num_own = len(own)
 
         def run(leaves: Any, rest: Any) -> Any:
             if not is_exact:
-                _check(leaves, num_leaves, rest)
+                _check(leaves, rest)
             rest, kwargs = (rest, {}) if is_plain else rest_frame.fill(rest)
-            first = first_frame.fill(leaves[num_own:])
+            first = leaves if is_bare else first_frame.fill(leaves[num_own:])
             args = rest if first is MISSING else (first, *rest)
-            out = transform_frame.fill(leaves[:num_own])(*args, **kwargs)
+            out = transform_frame.fill([] if is_bare else leaves[:num_own])(*args, **kwargs)
             arrays, frame = _split(out)
             if len(arrays) == frame.structure.num_leaves:
                 return out
-            if is_plain:
+            if not is_exact:
                 raise Unlike
             return _Output(arrays, frame)
 
         run.__name__ = getattr(transform, "__name__", run.__name__)
         self.compiled = jax.jit(run, inline=True)
-        self._is_plain = is_plain
         self._is_exact = is_exact
         # The arrays of the transform are passed as well, or they would be constants.
-        self._read_first = make_reader(marked_first, _is_array, own)
-        self._read_rest = make_reader(marked, _is_array)
+        self._read_first = _pass if is_bare else make_reader(marked_first, _is_array, own)
+        self._read_rest = _pass_positional if is_plain else make_reader(marked, _is_array)
         self._kinds = [_list_kinds(self._take(first, rest, kwargs))]
-        self.fetch: Callable[[Any], list[Any] | None] = self._make_fetch(first)
+        self.fetch = self._make_fetch(first) if is_plain and not is_exact else NoProgram.fetch
 
-    def _make_fetch(self, first: Any) -> Callable[[Any], list[Any] | None]:
+    def _make_fetch(self, first: Any) -> Callable[[Any], Any]:
         """How to read the first argument, if the others are passed as they are."""
-        if not self._is_plain:
-            return NoProgram.fetch
         return self._watch() if isinstance(first, eqx.Module) else self._read_first
 
     def _watch(self) -> Callable[[Any], list[Any] | None]:
@@ -125,9 +123,6 @@ class Program:
 
     def read(self, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         """What the compiled function takes for these arguments, if it can."""
-        if self._is_plain:
-            leaves = self._read_first(first)
-            return None if leaves is None or kwargs else (leaves, rest)
         inputs = self._take(first, rest, kwargs)
         if inputs is None or (self._is_exact and _list_kinds(inputs) not in self._kinds):
             return None
@@ -144,7 +139,7 @@ class Program:
             return None
         if kinds not in self._kinds:
             self._kinds.append(kinds)
-        return self.read(first, rest, kwargs)
+        return inputs
 
     def _take(self, first: Any, rest: Any, kwargs: Any) -> Any:
         leaves, others = self._read_first(first), self._read_rest((rest, kwargs))
@@ -157,11 +152,24 @@ def _is_plain(arguments: Any) -> bool:
     return all(map(_is_array, leaves))
 
 
-def _check(leaves: Any, num_leaves: int, others: Any) -> None:
-    """Raises if what is traced may not have been an array."""
-    if len(leaves) != num_leaves or not all(map(_is_array, leaves)):
-        raise Unlike
-    for leaf in jtu.tree_leaves((leaves, others)):
+def _is_flat(first: Any) -> bool:
+    """Whether this is a dict of arrays, which a reader takes apart faster than JAX."""
+    return type(first) is dict and all(map(_is_array, first.values()))
+
+
+def _pass(first: Any) -> Any:
+    """Reads an argument that JAX takes apart by itself."""
+    return first
+
+
+def _pass_positional(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    rest, kwargs = arguments
+    return None if kwargs else rest
+
+
+def _check(*inputs: Any) -> None:
+    """Raises if not all of what is traced was an array."""
+    for leaf in jtu.tree_leaves(inputs):
         kind = jax.typeof(leaf)
         if kind.weak_type or (kind.shape == () and kind.dtype == bool):
             raise Unlike

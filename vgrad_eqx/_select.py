@@ -102,14 +102,14 @@ def _describe_chosen(flat: FlatTree, mask: Any) -> str:
         for name, leaf, is_chosen in zip(flat.names, flat.leaves, mask, strict=True)
         if is_chosen
     ]
-    return _shorten(chosen) or "nothing"
+    return shorten(chosen) or "nothing"
 
 
 def _describe_choice(flat: FlatTree) -> str:
     names = [f"`{flat.names[i]}`" for i in flat.differentiable]
     empty = [f"`{name}`" for name in names_without_leaves(flat.tree)]
-    choice = f"Its inexact arrays are {_shorten(names)}." if names else "It has none."
-    return f"{choice} There is nothing at {_shorten(empty)}." if empty else choice
+    choice = f"Its inexact arrays are {shorten(names)}." if names else "It has none."
+    return f"{choice} There is nothing at {shorten(empty)}." if empty else choice
 
 
 def _describe_references(flat: FlatTree, mask: Any) -> str:
@@ -118,7 +118,8 @@ def _describe_references(flat: FlatTree, mask: Any) -> str:
     return " To differentiate by states, pass them, as `vg.states(...)` gives them."
 
 
-def _shorten(texts: list[str], most: int = 5) -> str:
+def shorten(texts: list[str], most: int = 5) -> str:
+    """The first of them, and how many there are besides."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
     return ", ".join(texts[:most] + more)
 

@@ -1,0 +1,99 @@
+"""Results as a table, as a plot, and as JSON."""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+
+from .interleave import Timing
+from .peers import find_missing, list_versions
+
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+
+def describe_machine() -> dict[str, Any]:
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": str(jax.devices()[0].device_kind),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": list_versions(),
+        "not installed": find_missing(),
+    }
+
+
+def print_table(name: str, size: int, timings: dict[str, Timing]) -> None:
+    print(f"\n{name}, {size:,}")
+    for way, timing in timings.items():
+        print(
+            f"  {way:24}{timing.seconds * 1e3:10.3f} ms"
+            f"   {timing.ratio:6.2f} [{timing.low:.2f} {timing.high:.2f}]"
+            f"   first call {timing.first:.2f} s"
+        )
+
+
+def save(path: Path, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+# The cases that are plotted, with their titles.
+TITLES = {
+    "compiled": "compiled gradient, by number of leaves",
+    "eager": "eager gradient",
+    "training": "training step with adam",
+    "tracing": "tracing a gradient",
+}
+
+
+def plot(path: Path, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """The ratios of all ways, in logarithmic bars."""
+    drawn = [name for name in TITLES if any(each["case"] == name for each in results)]
+    if not drawn:
+        return
+    figure, axes = plt.subplots(
+        len(drawn), 1, figsize=(9, 2.6 * len(drawn)), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[:, 0], drawn, strict=True):
+        _draw_case(axis, [each for each in results if each["case"] == name], TITLES[name])
+    versions = machine["versions"]
+    figure.suptitle(
+        f"Time relative to JAX by hand: {machine['device']}, {machine['cores']} cores, Python "
+        f"{machine['python']},\nJAX {versions['jax']}, Equinox {versions['equinox']}, "
+        f"{machine['date']}",
+        fontsize=10,
+    )
+    plt.savefig(path, dpi=120)
+
+
+def _draw_case(axis: Any, results: list[dict[str, Any]], title: str) -> None:
+    ways = list(dict.fromkeys(each["way"] for each in results))
+    sizes = sorted({each["size"] for each in results})
+    for i, size in enumerate(sizes):
+        chosen = {each["way"]: each for each in results if each["size"] == size}
+        places = [k + (i - len(sizes) / 2 + 0.5) * 0.8 / len(sizes) for k in range(len(ways))]
+        pairs = [(x, chosen[way]) for x, way in zip(places, ways, strict=True) if way in chosen]
+        ratios = [each["ratio"] for _, each in pairs]
+        below = [each["ratio"] - each["low"] for _, each in pairs]
+        above = [each["high"] - each["ratio"] for _, each in pairs]
+        axis.bar(
+            [x for x, _ in pairs],
+            ratios,
+            0.75 / len(sizes),
+            yerr=[below, above],
+            error_kw={"lw": 0.7},
+            label=f"{size:,}",
+        )
+    axis.axhline(1.0, color="black", lw=0.8)
+    axis.set_yscale("log")
+    axis.set_yticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
+    axis.minorticks_off()
+    axis.set_xticks(range(len(ways)), [way.replace(", ", ",\n") for way in ways], fontsize=7)
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=7, ncols=len(sizes), loc="upper left")
