@@ -51,7 +51,7 @@ CASES = {
     "choosing": Case(choosing, [10_000], 31),
     "import": Case(imports, [1], 9, [1]),
 }
-QUICK_ROUNDS = 5
+QUICK_ROUNDS = 3
 
 
 def run(name: str, size: int, rounds: int) -> list[dict[str, Any]]:

@@ -27,12 +27,19 @@ class Way:
         """Seconds for a call, of several."""
         if self.is_timer:
             return self.call()
-        prepared = [(self.prepare(),) if self.prepare else () for _ in range(times)]
-        start = time.perf_counter()
-        for args in prepared:
-            out = self.call(*args)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - start) / times
+        prepared = [(self.prepare(),) if self.prepare else () for _ in range(times + 1)]
+        gc.collect()
+        gc.disable()  # as `timeit` does
+        try:
+            if times > 1:  # with warm caches, as in a loop
+                jax.block_until_ready(self.call(*prepared[0]))
+            start = time.perf_counter()
+            for args in prepared[1:]:
+                out = self.call(*args)
+            jax.block_until_ready(out)
+            return (time.perf_counter() - start) / times
+        finally:
+            gc.enable()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,26 +60,28 @@ def interleave(
     """Times every way in every round, so that the noise of the machine hits all alike.
 
     A way leaves caches behind for the next one, so their order changes too, and its garbage is
-    collected before.
+    collected before the next one is timed.
     """
     ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
     firsts = {}
     for name, way in ways.items():
         show(f"first call: {name}")
         firsts[name] = way.measure(1)
-        way.measure(1)
-    # Short calls are repeated, for 2 ms at least.
-    shortest = min(way.measure(1) for way in ways.values())
-    times = max(1, min(200, int(2e-3 / shortest)))
-    for way in ways.values():
-        way.measure(min(times, 50))
+    times = 1
+    if not any(way.is_timer for way in ways.values()):
+        for way in ways.values():
+            way.measure(1)
+        # Short calls are repeated, for 10 ms and more.
+        shortest = min(way.measure(1) for way in ways.values())
+        times = max(1, min(200, int(1e-2 / shortest)))
+        for way in ways.values():
+            way.measure(times)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     order = list(ways)
     for number in range(rounds):
         show(f"round {number + 1} of {rounds}")
         random.Random(number).shuffle(order)
         for name in order:
-            gc.collect()
             seconds[name].append(ways[name].measure(times))
     floor = next(iter(seconds.values()))
     timings = {}

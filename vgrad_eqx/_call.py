@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -72,7 +73,12 @@ class Call:
         checked = check_states and self._states is not None
         description = self._describe(checked)
         if description is not None and description in _known:
-            return self._apply(self._run)
+            return self._apply(self._run, self._diff)
+        if description is not None and not check_states and self._is_traced():
+            result = self._differentiate_whole()
+            if result is not None:
+                _known[description] = True
+                return result
         # `func` is called only once: what was traced is replayed, and JAX differentiates that.
         traced = trace(self._run, self._diff)
         by_reference = isinstance(self._states, RefPart) or bool(traced.refs)
@@ -84,19 +90,37 @@ class Call:
             _known[description] = True
         if traced.error is not None:
             del traced  # its error holds tracers
-            return self._apply(self._run)
+            return self._apply(self._run, self._diff)
         diff_out, grads, (arrays, finals) = self._apply(
-            self._make_replay(traced), is_replay=True
+            self._make_replay(traced), self._diff, is_replay=True
         )
         self._finals = list(zip(traced.written, finals, strict=True))
         return diff_out, grads, arrays
+
+    def _is_traced(self) -> bool:
+        return any(isinstance(number, jax.core.Tracer) for number in self._diff)
+
+    def _differentiate_whole(self) -> Any:
+        """Traces the gradient at once, or gives `None` where `func` has to be looked at before.
+
+        That is where it uses references, which are among the effects, and where it fails.
+        """
+        whole = jax.jit(lambda *diff: self._apply(self._run, diff))
+        try:
+            if whole.trace(*self._diff).jaxpr.effects:
+                return None
+        except Exception:
+            return None
+        return whole(*self._diff)  # as it was traced
 
     def write_states(self) -> None:
         """Gives the states by reference the values that `func` has left in them."""
         for ref, final in self._finals:
             write(ref, final, "A state that `func` sets")
 
-    def _apply(self, func: Callable[..., Any], is_replay: bool = False) -> tuple[Any, Any, Any]:
+    def _apply(
+        self, func: Callable[..., Any], diff: Sequence[Any], is_replay: bool = False
+    ) -> tuple[Any, Any, Any]:
         def seed(value: Sequence[Any], arrays: Any) -> Sequence[Any]:
             """The cotangents of the outputs, which are ones if nothing else is given."""
             if self._cotangent is None:
@@ -106,7 +130,7 @@ class Call:
             numbers, self.cotangent_unit = given
             return numbers
 
-        return self._operator.rule(func, self._diff, Context(self.names, seed))
+        return self._operator.rule(func, diff, Context(self.names, seed))
 
     def collect(self, grads: Any, unit_aware: bool) -> list[Any]:
         """The derivatives by each part, as the user is to see them."""
