@@ -418,3 +418,45 @@ def test_debug_nan_is_quiet_about_finite_gradients():
     assert tree_allclose(transform(make_mlp(), X), expected)
     assert tree_allclose(eqx.filter_jit(transform)(make_mlp(), X), expected)
     assert vector_grad(square, debug_nan=True)(jnp.zeros((0,))).shape == (0,)
+
+
+@pytest.mark.parametrize("check_states", [False, True])
+def test_while_it_is_traced_the_function_is_called_once(check_states):
+    calls = []
+
+    def func(model, x):
+        calls.append(x)
+        return model(x)
+
+    transform = vg.vector_grad(func, True, check_states=check_states)
+    model, x = make_mlp(), jnp.ones(3)
+    grads = eqx.filter_jit(transform)(model, x)
+    assert len(calls) == 1
+    assert tree_allclose(grads, vg.vector_grad(apply, True)(model, x))
+
+
+@pytest.mark.parametrize("check_states", [False, True])
+def test_while_it_is_traced_the_function_may_use_states(check_states):
+    scale, calls = vg.State(jnp.array(2.0)), vg.State(0)
+
+    def func(model, x):
+        calls.value += 1
+        scale.value = 2 * scale.value
+        return scale.value * model(x)
+
+    transform = vg.vector_grad(func, True, check_states=check_states)
+    model, x = make_mlp(), jnp.ones(3)
+    compiled = eqx.filter_jit(transform)
+    for factor, count in [(4.0, 1), (8.0, 2)]:
+        grads = compiled(model, x)
+        expected = vg.vector_grad(lambda m, x, f=factor: f * m(x), True)(model, x)
+        assert tree_allclose(grads, expected)
+        assert int(calls.value) == count
+
+
+def test_while_it_is_traced_an_error_of_the_function_is_raised():
+    def func(model, x):
+        raise RuntimeError("as asked for")
+
+    with pytest.raises(RuntimeError, match="as asked for"):
+        eqx.filter_jit(vg.vector_grad(func, True, check_states=False))(make_mlp(), jnp.ones(3))
