@@ -23,15 +23,15 @@ class Way:
     prepare: Callable[[], Any] | None = None
     is_timer: bool = False
 
-    def measure(self, times: int) -> float:
-        """Seconds for a call, of several."""
+    def measure(self, times: int, is_warm: bool = False) -> float:
+        """Seconds for a call, of several, with warm caches if `is_warm`, as in a loop."""
         if self.is_timer:
             return self.call()
         prepared = [(self.prepare(),) if self.prepare else () for _ in range(times + 1)]
         gc.collect()
         gc.disable()  # as `timeit` does
         try:
-            if times > 1:  # with warm caches, as in a loop
+            if is_warm:
                 jax.block_until_ready(self.call(*prepared[0]))
             start = time.perf_counter()
             for args in prepared[1:]:
@@ -67,13 +67,13 @@ def interleave(
     for name, way in ways.items():
         show(f"first call: {name}")
         firsts[name] = way.measure(1)
-    times = 1
+    times, is_warm = 1, False
     if not any(way.is_timer for way in ways.values()):
         for way in ways.values():
             way.measure(1)
         # Short calls are repeated, for 10 ms and more.
         shortest = min(way.measure(1) for way in ways.values())
-        times = max(1, min(200, int(1e-2 / shortest)))
+        times, is_warm = max(1, min(200, int(1e-2 / shortest))), shortest < 0.1
         for way in ways.values():
             way.measure(times)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -82,7 +82,7 @@ def interleave(
         show(f"round {number + 1} of {rounds}")
         random.Random(number).shuffle(order)
         for name in order:
-            seconds[name].append(ways[name].measure(times))
+            seconds[name].append(ways[name].measure(times, is_warm))
     floor = next(iter(seconds.values()))
     timings = {}
     for name, measured in seconds.items():
