@@ -39,7 +39,7 @@ CASES = {
     "eager": Case(eager, [8, 100], 31, [8]),
     "training": Case(training, [8, 100, 1000], 31, [8]),
     "training_wide": Case(training_wide, [8], 15),
-    "tracing": Case(tracing, [8, 100, 1000], 11, [8]),
+    "tracing": Case(tracing, [8, 100, 1000], 11),
     "unit_aware": Case(unit_aware, [8, 100], 31, [8]),
     "unit_aware_eager": Case(unit_aware_eager, [8], 31),
     "first_derivative": Case(first_derivative, [4096], 201, [512]),
@@ -51,7 +51,7 @@ CASES = {
     "choosing": Case(choosing, [10_000], 31),
     "import": Case(imports, [1], 9, [1]),
 }
-QUICK_ROUNDS = 3
+QUICK_ROUNDS = 2
 
 
 def run(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
