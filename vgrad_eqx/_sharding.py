@@ -24,8 +24,11 @@ def lay_out_like(arrays: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
 
 
 def _may_be_sharded() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() > 1 and all(kind is AxisType.Auto for kind in mesh.axis_types)
+    return jax.device_count() > 1 and _is_automatic(jax.sharding.get_abstract_mesh())
+
+
+def _is_automatic(mesh: Any) -> bool:
+    return all(kind is AxisType.Auto for kind in mesh.axis_types)
 
 
 def spread(arrays: Sequence[Any], others: Sequence[Any] = ()) -> list[Any]:
@@ -46,8 +49,7 @@ def find_sharding(array: Any) -> NamedSharding | None:
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return None
-    is_auto = all(kind is AxisType.Auto for kind in sharding.mesh.axis_types)
-    return sharding if is_auto else None
+    return sharding if _is_automatic(sharding.mesh) else None
 
 
 def constrain(arrays: Sequence[Any], shardings: Sequence[NamedSharding | None]) -> list[Any]:
