@@ -25,33 +25,32 @@ from .units import unit_aware, unit_aware_eager
 
 
 class Case(NamedTuple):
-    """What is measured, in which sizes (of leaves, or of points), and in how many rounds."""
+    """What is measured, and in which sizes: numbers of leaves, or of points."""
 
     make: Any
     sizes: list[int]
-    rounds: int
     quick: list[int] = []
 
 
 CASES = {
-    "compiled": Case(compiled, [8, 100, 1000, 4000], 31, [8]),
-    "compiled_wide": Case(compiled_wide, [8], 31),
-    "eager": Case(eager, [8, 100], 31, [8]),
-    "training": Case(training, [8, 100, 1000], 31, [8]),
-    "training_wide": Case(training_wide, [8], 15),
-    "tracing": Case(tracing, [8, 100, 1000], 11),
-    "unit_aware": Case(unit_aware, [8, 100], 31, [8]),
-    "unit_aware_eager": Case(unit_aware_eager, [8], 31),
-    "first_derivative": Case(first_derivative, [4096], 201, [512]),
-    "second_derivative": Case(second_derivative, [4096], 31),
-    "jacobian_diagonal": Case(jacobian_diagonal, [1024], 15),
-    "states_eager": Case(states_eager, [8, 100], 31),
-    "states_tracing": Case(states_tracing, [8, 100, 1000], 11),
-    "states_compiled": Case(states_compiled, [100, 1000], 31),
-    "choosing": Case(choosing, [10_000], 31),
-    "import": Case(imports, [1], 9, [1]),
+    "compiled": Case(compiled, [8, 100, 1000, 4000], [8]),
+    "compiled_wide": Case(compiled_wide, [8]),
+    "eager": Case(eager, [8, 100, 1000, 4000], [8]),
+    "training": Case(training, [8, 100, 1000], [8]),
+    "training_wide": Case(training_wide, [8]),
+    "tracing": Case(tracing, [8, 100, 1000]),
+    "unit_aware": Case(unit_aware, [8, 100], [8]),
+    "unit_aware_eager": Case(unit_aware_eager, [8]),
+    "first_derivative": Case(first_derivative, [4096], [512]),
+    "second_derivative": Case(second_derivative, [4096]),
+    "jacobian_diagonal": Case(jacobian_diagonal, [1024]),
+    "states_eager": Case(states_eager, [8, 100]),
+    "states_tracing": Case(states_tracing, [8, 100, 1000]),
+    "states_compiled": Case(states_compiled, [100, 1000]),
+    "choosing": Case(choosing, [10_000]),
+    "import": Case(imports, [1], [1]),
 }
-QUICK_ROUNDS = 2
+ROUNDS, QUICK_ROUNDS = 301, 2
 
 
 def run(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
@@ -88,14 +87,13 @@ def main():
     parser.add_argument("--json", type=Path, default="benchmarks.json", help="the results")
     parser.add_argument("--plot", type=Path, default="benchmarks.png", help="the plot")
     parser.add_argument("--size", type=int, help="only this size, in this process")
-    parser.add_argument("--rounds", type=int, help="how many, instead of those of the case")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how many at most")
     args = parser.parse_args()
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         parser.error(f"There is no case {unknown[0]!r}. The cases are {', '.join(CASES)}.")
     if args.size:
-        rounds = args.rounds or CASES[args.cases[0]].rounds
-        results = [row for name in args.cases for row in run(name, args.size, rounds)]
+        results = [row for name in args.cases for row in run(name, args.size, args.rounds)]
         args.json.write_text(json.dumps(results))
         return
     machine = describe_machine()
@@ -108,7 +106,7 @@ def main():
         for size in (CASES[name].quick if args.quick else CASES[name].sizes)
     ]
     for name, size in tqdm.tqdm(runs, desc="cases"):
-        rounds = QUICK_ROUNDS if args.quick else args.rounds or CASES[name].rounds
+        rounds = QUICK_ROUNDS if args.quick else args.rounds
         results += run_apart(name, size, rounds)
     save(args.json, machine, results)
     plot(args.plot, machine, results)

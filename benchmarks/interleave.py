@@ -11,6 +11,10 @@ from typing import Any
 import jax
 
 
+# How long new rounds begin, and how many there are at least.
+SECONDS, FEWEST = 90, 5
+
+
 @dataclasses.dataclass(frozen=True)
 class Way:
     """A way that is not only called.
@@ -45,13 +49,14 @@ class Way:
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of the first call, which may compile, and of the median round, and the ratio
-    to the first way with its quartiles."""
+    to the first way with its quartiles, of so many rounds."""
 
     first: float
     seconds: float
     ratio: float
     low: float
     high: float
+    rounds: int
 
 
 def interleave(
@@ -60,33 +65,45 @@ def interleave(
     """Times every way in every round, so that the noise of the machine hits all alike.
 
     A way leaves caches behind for the next one, so their order changes too, and its garbage is
-    collected before the next one is timed.
+    collected before the next one is timed. There are fewer rounds if they take long.
     """
     ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
     firsts = {}
     for name, way in ways.items():
         show(f"first call: {name}")
         firsts[name] = way.measure(1)
-    times, is_warm = 1, False
-    if not any(way.is_timer for way in ways.values()):
-        for way in ways.values():
-            way.measure(1)
-        # Short calls are repeated, for 10 ms and more.
-        shortest = min(way.measure(1) for way in ways.values())
-        times, is_warm = max(1, min(200, int(1e-2 / shortest))), shortest < 0.1
-        for way in ways.values():
-            way.measure(times)
+    times, is_warm = _warm_up(list(ways.values()))
+    gc.freeze()  # or each collection would look through all that JAX holds
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
+    order, end = list(ways), time.monotonic() + SECONDS
     for number in range(rounds):
+        if number >= FEWEST and time.monotonic() > end:
+            break
         show(f"round {number + 1} of {rounds}")
         random.Random(number).shuffle(order)
         for name in order:
             seconds[name].append(ways[name].measure(times, is_warm))
+    gc.unfreeze()
     floor = next(iter(seconds.values()))
-    timings = {}
-    for name, measured in seconds.items():
-        ratios = [each / base for each, base in zip(measured, floor, strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        timings[name] = Timing(firsts[name], statistics.median(measured), ratio, low, high)
-    return timings
+    return {
+        name: _summarize(firsts[name], measured, floor) for name, measured in seconds.items()
+    }
+
+
+def _warm_up(ways: list[Way]) -> tuple[int, bool]:
+    """How often to call in a round, and whether with warm caches."""
+    if any(way.is_timer for way in ways):
+        return 1, False
+    shortest = min(way.measure(1) for way in ways)
+    if shortest >= 0.1:
+        return 1, False
+    times = max(1, min(200, int(1e-2 / shortest)))  # for 10 ms and more
+    for way in ways:
+        way.measure(times)
+    return times, True
+
+
+def _summarize(first: float, measured: list[float], floor: list[float]) -> Timing:
+    ratios = [each / base for each, base in zip(measured, floor, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    return Timing(first, statistics.median(measured), ratio, low, high, len(measured))

@@ -5,11 +5,11 @@ from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._cotangent import parse_cotangent
+from ._flat import is_any_traced
 from ._memory import Memory
 from ._output import Output, split_output
 from ._parts import ArgPart, Part, RefPart, StatePart
@@ -74,7 +74,7 @@ class Call:
         description = self._describe(checked)
         if description is not None and description in _known:
             return self._apply(self._run, self._diff)
-        if description is not None and not check_states and self._is_traced():
+        if description is not None and not check_states and is_any_traced(self._diff):
             result = self._differentiate_whole()
             if result is not None:
                 _known[description] = True
@@ -96,9 +96,6 @@ class Call:
         )
         self._finals = list(zip(traced.written, finals, strict=True))
         return diff_out, grads, arrays
-
-    def _is_traced(self) -> bool:
-        return any(isinstance(number, jax.core.Tracer) for number in self._diff)
 
     def _differentiate_whole(self) -> Any:
         """Traces the gradient at once, or gives `None` where `func` has to be looked at before.

@@ -51,7 +51,7 @@ class FlatTree:
         types = list(map(type, self.leaves))
         dtypes = [getattr(leaf, "dtype", None) for leaf in self.leaves]
         samples = dict(zip(zip(types, dtypes, strict=True), self.leaves, strict=True))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in samples.values()):
+        if is_any_traced(samples.values()):
             return [i for i, leaf in enumerate(self.leaves) if _can_train(leaf)]
         inexact = {kind for kind, leaf in samples.items() if _can_train(leaf)}
         # No list of pairs, which would set off the garbage collector in a large model.
@@ -114,6 +114,10 @@ def put(leaves: Sequence[Any], indices: Sequence[int], values: Sequence[Any]) ->
     for i, value in zip(indices, values, strict=True):
         copy[i] = value
     return copy
+
+
+def is_any_traced(leaves: Iterable[Any]) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 def is_scalar(leaf: Any) -> bool:

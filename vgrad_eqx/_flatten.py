@@ -1,8 +1,9 @@
 """Pytrees taken apart, and modules recognized that have been taken apart before."""
 
 import dataclasses
+import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,17 +12,22 @@ from ._flat import FlatTree
 from ._memory import Memory
 
 
+# The lists and dicts in a module, and what was in each of them.
+Contents = Sequence[tuple[Collection[Any], Sequence[Any]]]
+
+
 class Known(NamedTuple):
     """A module by weak reference, and what it held when it was taken apart."""
 
     module: weakref.ref[eqx.Module]
     flat: FlatTree
-    # Each of its lists and dicts, and what was in it: the `id`s, which are the fastest to
-    # compare, and the objects, so that no other one can get their `id`s.
-    contents: Sequence[tuple[Iterable[Any], list[int], list[Any]]]
+    contents: Contents
 
     def is_unchanged(self) -> bool:
-        return all(list(map(id, node)) == ids for node, ids, _ in self.contents)
+        return all(
+            len(node) == len(held) and all(map(operator.is_, node, held))
+            for node, held in self.contents
+        )
 
 
 # By `id`, because the hash of a module is that of its leaves. Few, because the leaves of a
@@ -43,7 +49,7 @@ def flatten(tree: Any) -> FlatTree:
     flat = FlatTree(tree, nodes := [])
     if _can_be_known(tree, nodes, flat):
         mutable = [each for node in nodes for each in _list_contents(node)]
-        contents = [(each, list(map(id, each)), list(each)) for each in mutable]
+        contents = [(each, list(each)) for each in mutable]
         key = id(tree)
         module = weakref.ref(tree, lambda _: _known.pop(key, None))
         _known[key] = Known(module, flat, contents)
@@ -77,7 +83,7 @@ def _is_frozen(module: eqx.Module) -> bool:
     return True
 
 
-def _list_contents(node: Any) -> list[Iterable[Any]]:
+def _list_contents(node: Any) -> list[Collection[Any]]:
     if type(node) is dict:
         return [node, node.values()]
     return [node] if type(node) is list else []

@@ -6,12 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.tree_util as jtu
 import numpy as np
 
 from ._custom_types import MISSING
-from ._flat import is_scalar, put
+from ._flat import is_any_traced, is_scalar, put
 from ._flatten import flatten, recall
 from ._reader import make_guard, make_reader
 from ._state import is_reference
@@ -82,11 +81,10 @@ class Program:
         self._read_first = _pass if is_bare else make_reader(marked_first, _is_array, own)
         self._read_rest = _pass_positional if is_plain else make_reader(marked, _is_array)
         self._kinds = [_list_kinds(self._take(first, rest, kwargs))]
-        self.fetch = self._make_fetch(first) if is_plain and not is_exact else NoProgram.fetch
-
-    def _make_fetch(self, first: Any) -> Callable[[Any], Any]:
-        """How to read the first argument, if the others are passed as they are."""
-        return self._watch() if isinstance(first, eqx.Module) else self._read_first
+        # How to read the first argument, if the others are passed as they are.
+        self.fetch: Callable[[Any], Any] = NoProgram.fetch
+        if is_plain and not is_exact:
+            self.fetch = self._watch() if isinstance(first, eqx.Module) else self._read_first
 
     def _watch(self) -> Callable[[Any], list[Any] | None]:
         """Reads modules, and remembers one that is passed often."""
@@ -111,15 +109,14 @@ class Program:
         """Looks for this module first from now on. That takes as long as many calls."""
         flatten(module)
         known = recall(module)
-        if known is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if known is None or is_any_traced(leaves):
             return
-        contents = [(node, held) for node, _, held in known.contents]
         watch = self._watch()
 
         def forget(_: Any) -> None:
             self.fetch = watch
 
-        self.fetch = make_guard(module, contents, leaves, watch, forget)
+        self.fetch = make_guard(module, known.contents, leaves, watch, forget)
 
     def read(self, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         """What the compiled function takes for these arguments, if it can."""

@@ -9,11 +9,13 @@ import dataclasses
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.tree_util as jtu
+
+from ._flatten import Contents
 
 
 # Gives the dynamic leaves in leaf order, or `None` for a pytree of another kind.
@@ -53,7 +55,7 @@ def _make_dict_reader(tree: dict[Any, Any]) -> Reader:
 
 def make_guard(
     module: eqx.Module,
-    contents: Sequence[tuple[Iterable[Any], Sequence[Any]]],
+    contents: Contents,
     leaves: list[Any],
     read: Reader,
     forget: Callable[[Any], None],

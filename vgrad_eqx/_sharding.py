@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ._flat import is_any_traced
 
 
 def lay_out_like(arrays: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
@@ -17,7 +18,7 @@ def lay_out_like(arrays: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
     lay out alike what an elementwise operation takes and gives, and remove one that always
     chooses the same side.
     """
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not _may_be_sharded():
+    if not is_any_traced(leaves) or not _may_be_sharded():
         return list(arrays)
     # Not `lax.select`, which is removed before the layout is chosen.
     return [jnp.where(False, leaf, array) for array, leaf in zip(arrays, leaves, strict=True)]
