@@ -108,7 +108,7 @@ def main():
     for name, size in tqdm.tqdm(runs, desc="cases"):
         rounds = QUICK_ROUNDS if args.quick else args.rounds
         results += run_apart(name, size, rounds)
-    save(args.json, machine, results)
+        save(args.json, machine, results)  # so that a long run can be broken off
     plot(args.plot, machine, results)
     print(f"\nresults: {args.json}, plot: {args.plot}")
     if machine["not installed"]:
