@@ -18,7 +18,7 @@ from .derivatives import first_derivative, jacobian_diagonal, second_derivative
 from .gradients import compiled, compiled_wide, eager, tracing
 from .imports import imports
 from .interleave import interleave
-from .report import describe_machine, plot, print_table, save
+from .report import describe_machine, format_tables, plot, print_timings, save
 from .states import choosing, states_compiled, states_eager, states_tracing
 from .training import training, training_wide
 from .units import unit_aware, unit_aware_eager
@@ -27,29 +27,31 @@ from .units import unit_aware, unit_aware_eager
 class Case(NamedTuple):
     """What is measured, and in which sizes: numbers of leaves, or of points."""
 
+    title: str
     make: Any
     sizes: list[int]
     quick: list[int] = []
 
 
 CASES = {
-    "compiled": Case(compiled, [8, 100, 1000, 4000], [8]),
-    "compiled_wide": Case(compiled_wide, [8]),
-    "eager": Case(eager, [8, 100, 1000, 4000], [8]),
-    "training": Case(training, [8, 100, 1000], [8]),
-    "training_wide": Case(training_wide, [8]),
-    "tracing": Case(tracing, [8, 100, 1000]),
-    "unit_aware": Case(unit_aware, [8, 100], [8]),
-    "unit_aware_eager": Case(unit_aware_eager, [8]),
-    "first_derivative": Case(first_derivative, [4096], [512]),
-    "second_derivative": Case(second_derivative, [4096]),
-    "jacobian_diagonal": Case(jacobian_diagonal, [1024]),
-    "states_eager": Case(states_eager, [8, 100]),
-    "states_tracing": Case(states_tracing, [8, 100, 1000]),
-    "states_compiled": Case(states_compiled, [100, 1000]),
-    "choosing": Case(choosing, [10_000]),
-    "import": Case(imports, [1], [1]),
+    "compiled": Case("compiled gradient", compiled, [8, 100, 1000, 4000], [8]),
+    "compiled_wide": Case("compiled gradient, 1024 wide", compiled_wide, [8]),
+    "eager": Case("eager gradient", eager, [8, 100, 1000, 4000], [8]),
+    "training": Case("training step with adam", training, [8, 100, 1000], [8]),
+    "training_wide": Case("training step, 1024 wide", training_wide, [8]),
+    "tracing": Case("tracing a gradient", tracing, [8, 100, 1000]),
+    "unit_aware": Case("compiled gradient with units", unit_aware, [8, 100], [8]),
+    "unit_aware_eager": Case("eager gradient with units", unit_aware_eager, [8]),
+    "first_derivative": Case("derivative at points", first_derivative, [4096], [512]),
+    "second_derivative": Case("second derivative at points", second_derivative, [4096]),
+    "jacobian_diagonal": Case("diagonal of the Jacobian", jacobian_diagonal, [1024]),
+    "states_eager": Case("eager gradient over states", states_eager, [8, 100]),
+    "states_tracing": Case("tracing over states", states_tracing, [8, 100, 1000]),
+    "states_compiled": Case("compiled gradient over states", states_compiled, [100, 1000]),
+    "choosing": Case("choosing half of the leaves", choosing, [10_000]),
+    "import": Case("import, beyond JAX, Equinox and optax", imports, [1], [1]),
 }
+TITLES = {name: case.title for name, case in CASES.items()}
 ROUNDS, QUICK_ROUNDS = 301, 2
 
 
@@ -62,7 +64,7 @@ def run(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
 
     timings = interleave(CASES[name].make(size), rounds, show)
     show("")
-    print_table(name, size, timings)
+    print_timings(name, size, timings)
     return [
         {"case": name, "size": size, "way": way, **dataclasses.asdict(timing)}
         for way, timing in timings.items()
@@ -109,7 +111,8 @@ def main():
         rounds = QUICK_ROUNDS if args.quick else args.rounds
         results += run_apart(name, size, rounds)
         save(args.json, machine, results)  # so that a long run can be broken off
-    plot(args.plot, machine, results)
+    plot(args.plot, machine, results, TITLES)
+    print(f"\n{format_tables(results, TITLES)}")
     print(f"\nresults: {args.json}, plot: {args.plot}")
     if machine["not installed"]:
         print(f"not installed, and so left out: {', '.join(machine['not installed'])}")

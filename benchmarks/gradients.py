@@ -60,6 +60,7 @@ def compiled(num_leaves: int) -> Ways:
     """Calls of a compiled gradient. All leaves are chosen."""
     net, xs = Net(num_leaves), jnp.ones((1, 8))
     params, named = list_params(net), vg.states(net)
+    names = list(named)
     ours = vg.jit(vg.vector_grad(apply, "layers.**"))
     spec = jtu.tree_map(eqx.is_inexact_array, net)
     theirs = eqx.filter_jit(by_equinox(spec))
@@ -73,8 +74,14 @@ def compiled(num_leaves: int) -> Ways:
     def by_hand(params, xs):
         return differentiate(lambda params: apply_params(params, num_leaves, xs), params)
 
+    @jax.jit
+    def by_hand_of_dict(named, xs):
+        func = lambda named: apply_params([named[name] for name in names], num_leaves, xs)
+        return differentiate(func, named)
+
     ways = {
         "by hand": lambda: by_hand(params, xs),
+        "by hand, dicts": lambda: by_hand_of_dict(named, xs),
         "vg.jit, new module": Way(lambda new: ours(new, xs), lambda: renew(net)),
         "vg.jit, same module": lambda: ours(net, xs),
         "vg.jit, vg.states": lambda: over_dict(named, xs),

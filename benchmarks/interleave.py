@@ -12,7 +12,7 @@ import jax
 
 
 # How long new rounds begin, and how many there are at least.
-SECONDS, FEWEST = 90, 5
+SECONDS, FEWEST = 60, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,8 @@ def _warm_up(ways: list[Way]) -> tuple[int, bool]:
     shortest = min(way.measure(1) for way in ways)
     if shortest >= 0.1:
         return 1, False
-    times = max(1, min(200, int(1e-2 / shortest)))  # for 10 ms and more
+    # For 10 ms and more, and several, which overlap where nothing waits for a result.
+    times = max(5, min(200, int(1e-2 / shortest)))
     for way in ways:
         way.measure(times)
     return times, True

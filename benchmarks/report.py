@@ -1,4 +1,4 @@
-"""Results as a table, as a plot, and as JSON."""
+"""Results as tables, as a plot, and as JSON."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def print_table(name: str, size: int, timings: dict[str, Timing]) -> None:
+def print_timings(name: str, size: int, timings: dict[str, Timing]) -> None:
     print(f"\n{name}, {size:,}")
     for way, timing in timings.items():
         print(
@@ -43,25 +43,60 @@ def save(path: Path, machine: dict[str, Any], results: list[dict[str, Any]]) -> 
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
-# The cases that are plotted, with their titles.
-TITLES = {
-    "compiled": "compiled gradient, by number of leaves",
-    "eager": "eager gradient",
-    "training": "training step with adam",
-    "tracing": "tracing a gradient",
-}
+# The cases that are plotted, and those of which the first call, which compiles, is shown.
+PLOTTED = ("compiled", "eager", "training", "tracing")
+COMPILING = ("compiled", "training")
 
 
-def plot(path: Path, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def format_tables(results: list[dict[str, Any]], titles: dict[str, str]) -> str:
+    """Markdown: a table for each case, with a row for each way and a column for each size."""
+    tables = []
+    for case in dict.fromkeys(each["case"] for each in results):
+        chosen = [each for each in results if each["case"] == case]
+        floor = chosen[0]["way"]
+        times = [
+            _format_time(each["seconds"]) if each["way"] == floor else _format_ratio(each)
+            for each in chosen
+        ]
+        tables.append(_format_table(titles[case], chosen, times))
+        if case in COMPILING:
+            firsts = [_format_time(each["first"]) for each in chosen]
+            tables.append(_format_table(f"{titles[case]}: first call", chosen, firsts))
+    return "\n\n".join(tables)
+
+
+def _format_table(title: str, results: list[dict[str, Any]], texts: list[str]) -> str:
+    cells = {
+        (each["way"], each["size"]): text for each, text in zip(results, texts, strict=True)
+    }
+    ways, sizes = [list(dict.fromkeys(each)) for each in zip(*cells, strict=True)]
+    rows = [[title, *[f"{size:,}" for size in sizes]], ["---"] * (1 + len(sizes))]
+    rows += [[way, *[cells.get((way, size), "") for size in sizes]] for way in ways]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _format_ratio(result: dict[str, Any]) -> str:
+    return f"{result['ratio']:.2f} [{result['low']:.2f} {result['high']:.2f}]"
+
+
+def _format_time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def plot(
+    path: Path, machine: dict[str, Any], results: list[dict[str, Any]], titles: dict[str, str]
+) -> None:
     """The ratios of all ways, in logarithmic bars."""
-    drawn = [name for name in TITLES if any(each["case"] == name for each in results)]
+    drawn = [name for name in PLOTTED if any(each["case"] == name for each in results)]
     if not drawn:
         return
     figure, axes = plt.subplots(
         len(drawn), 1, figsize=(9, 2.6 * len(drawn)), layout="constrained", squeeze=False
     )
     for axis, name in zip(axes[:, 0], drawn, strict=True):
-        _draw_case(axis, [each for each in results if each["case"] == name], TITLES[name])
+        _draw_case(axis, [each for each in results if each["case"] == name], titles[name])
     versions = machine["versions"]
     figure.suptitle(
         f"Time relative to JAX by hand: {machine['device']}, {machine['cores']} cores, Python "

@@ -161,17 +161,6 @@ def step_by_nnx(nnx: Any, net: Net, xs: jax.Array) -> Callable[[], object]:
     return lambda: step(model, opt, xs)
 
 
-def repeat(call: Callable[[], object], times: int) -> Callable[[], object]:
-    """Several steps, which overlap where nothing waits for a result."""
-
-    def run():
-        for _ in range(times):
-            result = call()
-        return result
-
-    return run
-
-
 def training(num_leaves: int) -> Ways:
     net, xs = Net(num_leaves), jnp.ones((1, 8))
     ways = {
@@ -182,23 +171,19 @@ def training(num_leaves: int) -> Ways:
         "packed": step_by_train_step(net, xs, packed=True),
         "over states": step_over_states(net, xs),
     }
-    ways = by_peers(
+    return by_peers(
         ways,
         brain=lambda bst, tools: {"brainstate": step_by_brainstate(bst, tools, net, xs)},
         nnx=lambda nnx: {"nnx": step_by_nnx(nnx, net, xs)},
     )
-    # Several in a round, because they overlap where nothing waits for a result.
-    times = max(2000 // num_leaves, 5)
-    return {name: repeat(call, times) for name, call in ways.items()}
 
 
 def training_wide(num_leaves: int) -> Ways:
     """Layers of 1024, where only the arithmetic counts."""
     net, xs = Net(num_leaves, width=1024), jnp.ones((64, 1024))
-    ways = {
+    return {
         "by hand": step_by_hand(net, xs),
         "vg.train_step": step_by_train_step(net, xs),
         "packed": step_by_train_step(net, xs, packed=True),
         "over states": step_over_states(net, xs),
     }
-    return {name: repeat(call, 5) for name, call in ways.items()}
