@@ -16,6 +16,18 @@ def apply(model, x):
     return model(x)
 
 
+class Counted:
+    """A function that counts how often it is called, which compiled code never does."""
+
+    def __init__(self, func):
+        self.func = func
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.func(*args, **kwargs)
+
+
 def column_sums(jacobian, out, tree):
     """The column sums of `jax.jacrev`, added up over the leaves of the output."""
     out_structure = jtu.tree_structure(out)
