@@ -12,7 +12,9 @@ import jax
 
 
 # How long new rounds begin, and how many there are at least.
-SECONDS, FEWEST = 60, 5
+SECONDS, FEWEST = 20, 5
+# How long a way is called before it is measured, and then measured.
+WARM_UP = 0.04
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,84 +29,103 @@ class Way:
     prepare: Callable[[], Any] | None = None
     is_timer: bool = False
 
-    def measure(self, times: int, is_warm: bool = False) -> float:
-        """Seconds for a call, of several, with warm caches if `is_warm`, as in a loop."""
+    def measure(self, times: int, warm_up: float = 0.0) -> float:
+        """Seconds for a call: of several, and for as long as they are called before."""
         if self.is_timer:
             return self.call()
-        prepared = [(self.prepare(),) if self.prepare else () for _ in range(times + 1)]
         gc.collect()
         gc.disable()  # as `timeit` does
         try:
-            if is_warm:
-                jax.block_until_ready(self.call(*prepared[0]))
-            start = time.perf_counter()
-            for args in prepared[1:]:
-                out = self.call(*args)
-            jax.block_until_ready(out)
-            return (time.perf_counter() - start) / times
+            if warm_up:
+                self._repeat(times, warm_up)
+            return self._repeat(times, warm_up)
         finally:
             gc.enable()
+
+    def _repeat(self, times: int, seconds: float) -> float:
+        spent, count = 0.0, 0
+        while count == 0 or spent < seconds:
+            prepared = [(self.prepare(),) if self.prepare else () for _ in range(times)]
+            start = time.perf_counter()
+            for args in prepared:
+                out = self.call(*args)
+            jax.block_until_ready(out)
+            spent += time.perf_counter() - start
+            count += times
+        return spent / count
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of the first call, which may compile, and of the median round, and the ratio
-    to the first way with its quartiles, of so many rounds."""
+    """Seconds of first calls, which may compile, seconds of the others, and ratios of these
+    to the first way."""
 
-    first: float
-    seconds: float
-    ratio: float
-    low: float
-    high: float
-    rounds: int
+    firsts: list[float]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    ratios: list[float] = dataclasses.field(default_factory=list)
+
+    def __add__(self, other: "Timing") -> "Timing":
+        return Timing(
+            self.firsts + other.firsts,
+            self.seconds + other.seconds,
+            self.ratios + other.ratios,
+        )
+
+    def summarize(self) -> dict[str, float]:
+        """Medians, and the quartiles of the ratios."""
+        low, ratio, high = statistics.quantiles(self.ratios, n=4)
+        return {
+            "first": statistics.median(self.firsts),
+            "seconds": statistics.median(self.seconds),
+            "ratio": ratio,
+            "low": low,
+            "high": high,
+            "rounds": len(self.ratios),
+        }
 
 
 def interleave(
     ways: dict[str, Any], rounds: int, show: Callable[[str], None] = print
 ) -> dict[str, Timing]:
-    """Times every way in every round, so that the noise of the machine hits all alike.
+    """Times several ways, each between two measurements of the first one, its floor.
 
-    A way leaves caches behind for the next one, so their order changes too, and its garbage is
-    collected before the next one is timed. There are fewer rounds if they take long.
+    The noise of the machine, which comes and goes in seconds, then hits both alike. What a way
+    leaves behind in the caches and in the heap is gone after the warm-up of the next one;
+    besides, their order changes, and garbage is collected in between. There are fewer rounds
+    if they take long.
     """
     ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
-    firsts = {}
+    timings = {}
     for name, way in ways.items():
         show(f"first call: {name}")
-        firsts[name] = way.measure(1)
-    times, is_warm = _warm_up(list(ways.values()))
+        timings[name] = Timing([way.measure(1)])
+    times, warm_up = _choose_times(list(ways.values()))
     gc.freeze()  # or each collection would look through all that JAX holds
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    order, end = list(ways), time.monotonic() + SECONDS
+    floor, *order = ways
+    end = time.monotonic() + SECONDS
     for number in range(rounds):
         if number >= FEWEST and time.monotonic() > end:
             break
         show(f"round {number + 1} of {rounds}")
         random.Random(number).shuffle(order)
+        after = ways[floor].measure(times, warm_up)
         for name in order:
-            seconds[name].append(ways[name].measure(times, is_warm))
+            seconds = ways[name].measure(times, warm_up)
+            before, after = after, ways[floor].measure(times, warm_up)
+            timings[name].seconds.append(seconds)
+            timings[name].ratios.append(2 * seconds / (before + after))
+            timings[floor].seconds.append(after)
+            timings[floor].ratios.append(after / before)
     gc.unfreeze()
-    floor = next(iter(seconds.values()))
-    return {
-        name: _summarize(firsts[name], measured, floor) for name, measured in seconds.items()
-    }
+    return timings
 
 
-def _warm_up(ways: list[Way]) -> tuple[int, bool]:
-    """How often to call in a round, and whether with warm caches."""
+def _choose_times(ways: list[Way]) -> tuple[int, float]:
+    """How often to call between two looks at the clock, and how long to warm up."""
     if any(way.is_timer for way in ways):
-        return 1, False
+        return 1, 0.0
     shortest = min(way.measure(1) for way in ways)
     if shortest >= 0.1:
-        return 1, False
+        return 1, 0.0
     # For 10 ms and more, and several, which overlap where nothing waits for a result.
-    times = max(5, min(200, int(1e-2 / shortest)))
-    for way in ways:
-        way.measure(times)
-    return times, True
-
-
-def _summarize(first: float, measured: list[float], floor: list[float]) -> Timing:
-    ratios = [each / base for each, base in zip(measured, floor, strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
-    return Timing(first, statistics.median(measured), ratio, low, high, len(measured))
+    return max(5, min(200, int(1e-2 / shortest))), WARM_UP

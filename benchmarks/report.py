@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import matplotlib
 
-from .interleave import Timing
 from .peers import find_missing, list_versions
 
 
@@ -29,13 +28,14 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def print_timings(name: str, size: int, timings: dict[str, Timing]) -> None:
+def print_rows(name: str, size: int, rows: list[dict[str, Any]]) -> None:
     print(f"\n{name}, {size:,}")
-    for way, timing in timings.items():
+    for row in rows:
         print(
-            f"  {way:24}{timing.seconds * 1e3:10.3f} ms"
-            f"   {timing.ratio:6.2f} [{timing.low:.2f} {timing.high:.2f}]"
-            f"   first call {timing.first:.2f} s"
+            f"  {row['way']:24}{row['seconds'] * 1e3:10.3f} ms"
+            f"   {row['ratio']:6.2f} [{row['low']:.2f} {row['high']:.2f}]"
+            f"   first call {row['first']:.2f} s",
+            flush=True,
         )
 
 
