@@ -13,7 +13,7 @@ import jax
 
 # How long new rounds begin, and how many there are at least.
 SECONDS, FEWEST = 20, 5
-# How long a way is called before it is measured, and then measured.
+# For how many seconds a way is called before it is measured, and for how many it is then.
 WARM_UP = 0.04
 
 
@@ -30,7 +30,10 @@ class Way:
     is_timer: bool = False
 
     def measure(self, times: int, warm_up: float = 0.0) -> float:
-        """Seconds for a call: of several, and for as long as they are called before."""
+        """Seconds for a call, called `times` times, and again until `warm_up` seconds are over.
+
+        It is called for as long before, without being measured.
+        """
         if self.is_timer:
             return self.call()
         gc.collect()
@@ -89,10 +92,9 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times several ways, each between two measurements of the first one, its floor.
 
-    The noise of the machine, which comes and goes in seconds, then hits both alike. What a way
-    leaves behind in the caches and in the heap is gone after the warm-up of the next one;
-    besides, their order changes, and garbage is collected in between. There are fewer rounds
-    if they take long.
+    The noise of the machine, which comes and goes in seconds, then hits both alike. A way
+    leaves caches and a heap behind for the next one, so that one is warmed up, their order
+    changes, and garbage is collected in between. There are fewer rounds if they take long.
     """
     ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
     timings = {}
