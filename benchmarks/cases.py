@@ -45,7 +45,7 @@ CASES = {
 TITLES = {name: case.title for name, case in CASES.items()}
 # How many processes measure a case, because where memory lies differs from one to the next,
 # and in how many seconds the last one begins.
-PROCESSES, LATEST = 3, 240
+PROCESSES, LATEST = 2, 480
 
 
 def measure(name: str, size: int, rounds: int) -> dict[str, Timing]:

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 
 
-# How long new rounds begin, and how many there are at least.
-SECONDS, FEWEST = 20, 5
-# For how many seconds a way is called before it is measured, and for how many it is then.
-WARM_UP = 0.04
+# New rounds begin for as long as the first calls took, within these limits in seconds, and
+# there are so many at least.
+BRIEFEST, LENGTHIEST, FEWEST = 20, 240, 5
+# A short call is repeated before it is measured, and then again: for so many seconds and so
+# often at least, but for no more than that many seconds.
+SHORTEST, FEWEST_CALLS, LONGEST = 0.04, 40, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +31,23 @@ class Way:
     prepare: Callable[[], Any] | None = None
     is_timer: bool = False
 
-    def measure(self, times: int, warm_up: float = 0.0) -> float:
-        """Seconds for a call, called `times` times, and again until `warm_up` seconds are over.
-
-        It is called for as long before, without being measured.
-        """
+    def measure(self, times: int, warm_up: bool = False) -> float:
+        """Seconds for a call, called `times` times, or with a warm-up, for longer."""
         if self.is_timer:
             return self.call()
         gc.collect()
         gc.disable()  # as `timeit` does
         try:
             if warm_up:
-                self._repeat(times, warm_up)
-            return self._repeat(times, warm_up)
+                self._repeat(times, SHORTEST, FEWEST_CALLS)
+                return self._repeat(times, SHORTEST, FEWEST_CALLS)
+            return self._repeat(times)
         finally:
             gc.enable()
 
-    def _repeat(self, times: int, seconds: float) -> float:
+    def _repeat(self, times: int, seconds: float = 0.0, calls: int = 1) -> float:
         spent, count = 0.0, 0
-        while count == 0 or spent < seconds:
+        while (spent < seconds or count < calls) and spent < LONGEST:
             prepared = [(self.prepare(),) if self.prepare else () for _ in range(times)]
             start = time.perf_counter()
             for args in prepared:
@@ -98,13 +98,14 @@ def interleave(
     """
     ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
     timings = {}
+    start = time.monotonic()
     for name, way in ways.items():
         show(f"first call: {name}")
         timings[name] = Timing([way.measure(1)])
+    end = time.monotonic() + min(max(BRIEFEST, time.monotonic() - start), LENGTHIEST)
     times, warm_up = _choose_times(list(ways.values()))
     gc.freeze()  # or each collection would look through all that JAX holds
     floor, *order = ways
-    end = time.monotonic() + SECONDS
     for number in range(rounds):
         if number >= FEWEST and time.monotonic() > end:
             break
@@ -122,12 +123,12 @@ def interleave(
     return timings
 
 
-def _choose_times(ways: list[Way]) -> tuple[int, float]:
-    """How often to call between two looks at the clock, and how long to warm up."""
+def _choose_times(ways: list[Way]) -> tuple[int, bool]:
+    """How often to call between two looks at the clock, and whether to warm up."""
     if any(way.is_timer for way in ways):
-        return 1, 0.0
+        return 1, False
     shortest = min(way.measure(1) for way in ways)
     if shortest >= 0.1:
-        return 1, 0.0
+        return 1, False
     # For 10 ms and more, and several, which overlap where nothing waits for a result.
-    return max(5, min(200, int(1e-2 / shortest))), WARM_UP
+    return max(5, min(200, int(1e-2 / shortest))), True
