@@ -1,3 +1,5 @@
+from importlib.metadata import version
+
 import equinox.internal as eqxi
 import hypothesis
 import jax
@@ -8,6 +10,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of the time of an example, and its share of it varies from run to run.
 hypothesis.settings.register_profile("jax", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("jax")
+
+
+def pytest_report_header():
+    versions = [f"{name} {version(name)}" for name in ("jax", "equinox", "optax", "brainunit")]
+    return f"{', '.join(versions)}, x64 {'on' if jax.config.jax_enable_x64 else 'off'}"
 
 
 @pytest.fixture

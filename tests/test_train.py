@@ -274,6 +274,20 @@ def test_an_optimizer_goes_on_in_another_step():
     assert int(state.optimizer.opt_state["layers.[01]"][0].count) == 2
 
 
+def test_an_optimizer_that_is_given_is_not_made_again():
+    adam, calls = optax.adam(1e-2), []
+
+    def init(params):
+        calls.append(params)
+        return adam.init(params)
+
+    tx = optax.GradientTransformation(init, adam.update)
+    step = vg.train_step(loss, tx)
+    opt = vg.Optimizer(tx, make_mlp())
+    step.init(make_mlp(), optimizer=opt)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("options", [{}, {"packed": True}, {"grad_norms": True}])
 def test_one_trace_for_a_thousand_steps(options):
     once = eqx.debug.assert_max_traces(max_traces=1)
@@ -514,6 +528,11 @@ WRONG = {
         lambda: train_step(loss, SGD).init(),
         TypeError,
         r"needs the module, of which `grad_states` selects leaves. Got none",
+    ),
+    "nothing": (
+        lambda: train_step(loss, SGD, "layer.0").init(make_mlp()),
+        ValueError,
+        r"`train_step\(grad_states=...\)` .*Got.*layer.0",
     ),
     "a model for states": (
         lambda: train_step(loss, SGD, STATE).init({"a": 1.0}),

@@ -14,6 +14,7 @@ from ._module_plan import ModulePlan
 from ._optimizer import Optimizer
 from ._parts import GradStates
 from ._plan import Metrics, Options
+from ._select import select
 from ._state import is_reference
 from ._state_optimizer import StateOptimizer
 from ._state_plan import StatePlan, UnknownStates
@@ -86,18 +87,18 @@ class TrainStep:
                 "`train_step(...).init(model)` needs the module, of which `grad_states` "
                 "selects leaves. Got none."
             )
+        flat = flatten(model)
         selector = ft.reduce(operator.or_, self._grad_states.entries)
-        fresh = Optimizer(self._options.tx, model, selector)
+        names = select(flat, selector, "train_step(grad_states=...)").names
         if optimizer is None:
-            optimizer = fresh
-        elif not isinstance(optimizer, Optimizer) or optimizer.names != fresh.names:
+            optimizer = Optimizer(self._options.tx, model, selector)
+        elif not isinstance(optimizer, Optimizer) or optimizer.names != names:
             raise ValueError(
                 "`init(optimizer=...)` must be a `vg.Optimizer` of the leaves that "
-                f"`grad_states` selects, {_list(fresh.names)}. Got "
+                f"`grad_states` selects, {_list(names)}. Got "
                 f"{_list(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
                 "`optimizer.reselect(model, selector)`."
             )
-        flat = flatten(model)
         plan = ModulePlan(self, self._options, flat, optimizer, key, nn_state)
         try:
             known = self._plans.get(plan.signature)
