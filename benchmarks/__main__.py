@@ -13,7 +13,7 @@ from .cases import CASES, measure_apart, PROCESSES, TITLES
 from .report import describe_machine, format_tables, plot, print_rows, save
 
 
-ROUNDS, QUICK_ROUNDS = 301, 2
+MOST, QUICK_MOST = 1000, 2
 
 
 def main():
@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--json", type=Path, default="benchmarks.json", help="the results")
     parser.add_argument("--plot", type=Path, default="benchmarks.png", help="the plot")
     parser.add_argument("--size", type=int, action="append", help="only this size")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how many at most")
+    parser.add_argument("--most", type=int, default=MOST, help="how many measurements of a way")
     args = parser.parse_args()
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
@@ -39,9 +39,9 @@ def main():
         for name in args.cases
         for size in args.size or (CASES[name].quick if args.quick else CASES[name].sizes)
     ]
-    rounds, processes = (QUICK_ROUNDS, 1) if args.quick else (args.rounds, PROCESSES)
+    most, processes = (QUICK_MOST, 1) if args.quick else (args.most, PROCESSES)
     for name, size in tqdm.tqdm(runs, desc="cases"):
-        rows = measure_apart(name, size, rounds, processes)
+        rows = measure_apart(name, size, most, processes)
         print_rows(name, size, rows)
         results += rows
         save(args.json, machine, results)  # so that a long run can be broken off

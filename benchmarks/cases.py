@@ -48,25 +48,25 @@ TITLES = {name: case.title for name, case in CASES.items()}
 PROCESSES, LATEST = 2, 480
 
 
-def measure(name: str, size: int, rounds: int) -> dict[str, Timing]:
+def measure(name: str, size: int, most: int) -> dict[str, Timing]:
     """One case, in this process."""
 
     def show(text: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\033[K{name}, {size:,}: {text}", end="", file=sys.stderr, flush=True)
 
-    timings = interleave(CASES[name].make(size), rounds, show)
+    timings = interleave(CASES[name].make(size), most, show)
     show("")
     return timings
 
 
-def measure_apart(name: str, size: int, rounds: int, processes: int) -> list[dict[str, Any]]:
+def measure_apart(name: str, size: int, most: int, processes: int) -> list[dict[str, Any]]:
     """One case, in new processes, of which the measurements are put together."""
     total: dict[str, Timing] = {}
     end = time.monotonic() + LATEST
     for _ in range(processes):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-            timings = executor.submit(measure, name, size, rounds).result()
+            timings = executor.submit(measure, name, size, most).result()
         total = {
             way: total[way] + timing if total else timing for way, timing in timings.items()
         }

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -11,12 +10,11 @@ from typing import Any
 import jax
 
 
-# New rounds begin for as long as the first calls took, within these limits in seconds, and
-# there are so many at least.
+# Measurements begin for as long as the first calls took, within these limits in seconds, and
+# there are so many of each way at least.
 BRIEFEST, LENGTHIEST, FEWEST = 20, 240, 5
-# A short call is repeated before it is measured, and then again: for so many seconds and so
-# often at least, but for no more than that many seconds.
-SHORTEST, FEWEST_CALLS, LONGEST = 0.04, 40, 1.0
+# For how many seconds a way is called before it is measured, and for how many it is then.
+WARM_UP = 0.04
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +29,25 @@ class Way:
     prepare: Callable[[], Any] | None = None
     is_timer: bool = False
 
-    def measure(self, times: int, warm_up: bool = False) -> float:
-        """Seconds for a call, called `times` times, or with a warm-up, for longer."""
+    def measure(self, times: int, warm_up: float = 0.0) -> float:
+        """Seconds for a call, called `times` times, and again until `warm_up` seconds are over.
+
+        It is called for as long before, without being measured.
+        """
         if self.is_timer:
             return self.call()
         gc.collect()
         gc.disable()  # as `timeit` does
         try:
             if warm_up:
-                self._repeat(times, SHORTEST, FEWEST_CALLS)
-                return self._repeat(times, SHORTEST, FEWEST_CALLS)
-            return self._repeat(times)
+                self._repeat(times, warm_up)
+            return self._repeat(times, warm_up)
         finally:
             gc.enable()
 
-    def _repeat(self, times: int, seconds: float = 0.0, calls: int = 1) -> float:
+    def _repeat(self, times: int, seconds: float) -> float:
         spent, count = 0.0, 0
-        while (spent < seconds or count < calls) and spent < LONGEST:
+        while count == 0 or spent < seconds:
             prepared = [(self.prepare(),) if self.prepare else () for _ in range(times)]
             start = time.perf_counter()
             for args in prepared:
@@ -88,13 +88,14 @@ class Timing:
 
 
 def interleave(
-    ways: dict[str, Any], rounds: int, show: Callable[[str], None] = print
+    ways: dict[str, Any], most: int, show: Callable[[str], None] = print
 ) -> dict[str, Timing]:
     """Times several ways, each between two measurements of the first one, its floor.
 
     The noise of the machine, which comes and goes in seconds, then hits both alike. A way
-    leaves caches and a heap behind for the next one, so that one is warmed up, their order
-    changes, and garbage is collected in between. There are fewer rounds if they take long.
+    leaves caches and a heap behind for the next one, so that one is warmed up, and garbage is
+    collected in between. Each way gets as much time as the others, and is measured `most`
+    times at most, so that of fast ones there are many ratios.
     """
     ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
     timings = {}
@@ -102,33 +103,39 @@ def interleave(
     for name, way in ways.items():
         show(f"first call: {name}")
         timings[name] = Timing([way.measure(1)])
-    end = time.monotonic() + min(max(BRIEFEST, time.monotonic() - start), LENGTHIEST)
+    now = time.monotonic()
+    end = now + min(max(BRIEFEST, now - start), LENGTHIEST)
     times, warm_up = _choose_times(list(ways.values()))
     gc.freeze()  # or each collection would look through all that JAX holds
-    floor, *order = ways
-    for number in range(rounds):
-        if number >= FEWEST and time.monotonic() > end:
+    floor, *others = ways
+    spent = dict.fromkeys(others, 0.0)
+    before = ways[floor].measure(times, warm_up)
+    while True:
+        now = time.monotonic()
+        wanted = most if now < end else min(most, FEWEST)
+        left = [name for name in others if len(timings[name].ratios) < wanted]
+        if not left:
             break
-        show(f"round {number + 1} of {rounds}")
-        random.Random(number).shuffle(order)
+        name = min(left, key=spent.__getitem__)
+        show(f"{max(0, end - now):.0f} s left, {name}")
+        seconds = ways[name].measure(times, warm_up)
         after = ways[floor].measure(times, warm_up)
-        for name in order:
-            seconds = ways[name].measure(times, warm_up)
-            before, after = after, ways[floor].measure(times, warm_up)
-            timings[name].seconds.append(seconds)
-            timings[name].ratios.append(2 * seconds / (before + after))
-            timings[floor].seconds.append(after)
-            timings[floor].ratios.append(after / before)
+        timings[name].seconds.append(seconds)
+        timings[name].ratios.append(2 * seconds / (before + after))
+        timings[floor].seconds.append(after)
+        timings[floor].ratios.append(after / before)
+        spent[name] += time.monotonic() - now
+        before = after
     gc.unfreeze()
     return timings
 
 
-def _choose_times(ways: list[Way]) -> tuple[int, bool]:
-    """How often to call between two looks at the clock, and whether to warm up."""
+def _choose_times(ways: list[Way]) -> tuple[int, float]:
+    """How often to call between two looks at the clock, and how long to warm up."""
     if any(way.is_timer for way in ways):
-        return 1, False
+        return 1, 0.0
     shortest = min(way.measure(1) for way in ways)
     if shortest >= 0.1:
-        return 1, False
+        return 1, 0.0
     # For 10 ms and more, and several, which overlap where nothing waits for a result.
-    return max(5, min(200, int(1e-2 / shortest))), True
+    return max(5, min(200, int(1e-2 / shortest))), WARM_UP
