@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 
-# Measurements begin for as long as the first calls took, within these limits in seconds, and
-# there are so many of each way at least.
-BRIEFEST, LENGTHIEST, FEWEST = 20, 240, 5
+# Visits of a way begin for as long as the first calls took, within these limits in seconds.
+BRIEFEST, LENGTHIEST = 30, 240
+# How many measurements there are in a visit, and so of each way at least.
+FEWEST = 5
 # For how many seconds a way is called before it is measured, and for how many it is then.
 WARM_UP = 0.04
 
@@ -60,30 +61,23 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of first calls, which may compile, seconds of the others, and ratios of these
+    """Seconds of the first call, which may compile, seconds of the others, and ratios of these
     to the first way."""
 
-    firsts: list[float]
+    first: float
     seconds: list[float] = dataclasses.field(default_factory=list)
     ratios: list[float] = dataclasses.field(default_factory=list)
-
-    def __add__(self, other: "Timing") -> "Timing":
-        return Timing(
-            self.firsts + other.firsts,
-            self.seconds + other.seconds,
-            self.ratios + other.ratios,
-        )
 
     def summarize(self) -> dict[str, float]:
         """Medians, and the quartiles of the ratios."""
         low, ratio, high = statistics.quantiles(self.ratios, n=4)
         return {
-            "first": statistics.median(self.firsts),
+            "first": self.first,
             "seconds": statistics.median(self.seconds),
             "ratio": ratio,
             "low": low,
             "high": high,
-            "rounds": len(self.ratios),
+            "count": len(self.ratios),
         }
 
 
@@ -92,24 +86,24 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times several ways, each between two measurements of the first one, its floor.
 
-    The noise of the machine, which comes and goes in seconds, then hits both alike. A way
-    leaves caches and a heap behind for the next one, so that one is warmed up, and garbage is
-    collected in between. Each way gets as much time as the others, and is measured `most`
-    times at most, so that of fast ones there are many ratios.
+    The noise of the machine, which comes and goes in seconds, then hits both alike. What a way
+    leaves behind, in caches and in the heap, slows down the next one for many calls; so a way
+    is visited: called first, and then measured in turns with the floor, when both are equally
+    warm. Each way gets as much time as the others, and is measured `most` times at most, so
+    that of fast ones there are many ratios.
     """
     ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
     timings = {}
     start = time.monotonic()
     for name, way in ways.items():
         show(f"first call: {name}")
-        timings[name] = Timing([way.measure(1)])
+        timings[name] = Timing(way.measure(1))
     now = time.monotonic()
     end = now + min(max(BRIEFEST, now - start), LENGTHIEST)
     times, warm_up = _choose_times(list(ways.values()))
     gc.freeze()  # or each collection would look through all that JAX holds
     floor, *others = ways
     spent = dict.fromkeys(others, 0.0)
-    before = ways[floor].measure(times, warm_up)
     while True:
         now = time.monotonic()
         wanted = most if now < end else min(most, FEWEST)
@@ -118,14 +112,17 @@ def interleave(
             break
         name = min(left, key=spent.__getitem__)
         show(f"{max(0, end - now):.0f} s left, {name}")
-        seconds = ways[name].measure(times, warm_up)
-        after = ways[floor].measure(times, warm_up)
-        timings[name].seconds.append(seconds)
-        timings[name].ratios.append(2 * seconds / (before + after))
-        timings[floor].seconds.append(after)
-        timings[floor].ratios.append(after / before)
+        ways[name].measure(times, warm_up)
+        before = ways[floor].measure(times, warm_up)
+        for _ in range(min(most, FEWEST)):
+            seconds = ways[name].measure(times, warm_up)
+            after = ways[floor].measure(times, warm_up)
+            timings[name].seconds.append(seconds)
+            timings[name].ratios.append(2 * seconds / (before + after))
+            timings[floor].seconds.append(after)
+            timings[floor].ratios.append(after / before)
+            before = after
         spent[name] += time.monotonic() - now
-        before = after
     gc.unfreeze()
     return timings
 
