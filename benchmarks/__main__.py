@@ -1,6 +1,6 @@
 """Compares this library with the same work by hand, and with its peers.
 
-Each case runs in a process of its own, because compiled programs fill the memory map of one.
+Each case runs in processes of its own, because compiled programs fill the memory map of one.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from typing import Any
 
 import tqdm
 
-from .cases import CASES, measure_apart, TITLES
+from .cases import CASES, measure_apart, PROCESSES, TITLES
 from .report import describe_machine, format_tables, plot, print_rows, save
 
 
@@ -39,9 +39,9 @@ def main():
         for name in args.cases
         for size in args.size or (CASES[name].quick if args.quick else CASES[name].sizes)
     ]
-    most = QUICK_MOST if args.quick else args.most
+    most, processes = (QUICK_MOST, 1) if args.quick else (args.most, PROCESSES)
     for name, size in tqdm.tqdm(runs, desc="cases"):
-        rows = measure_apart(name, size, most)
+        rows = measure_apart(name, size, most, processes)
         print_rows(name, size, rows)
         results += rows
         save(args.json, machine, results)  # so that a long run can be broken off

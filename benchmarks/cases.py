@@ -1,7 +1,8 @@
-"""The cases, and how one is measured in a process of its own."""
+"""The cases, and how one is measured in processes of its own."""
 
 import multiprocessing
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -42,6 +43,9 @@ CASES = {
     "import": Case("import, beyond JAX, Equinox and optax", imports, [1], [1]),
 }
 TITLES = {name: case.title for name, case in CASES.items()}
+# How many processes measure a case, because where memory lies differs from one to the next,
+# and in how many seconds the last one begins.
+PROCESSES, LATEST = 3, 480
 
 
 def measure(name: str, size: int, most: int) -> dict[str, Timing]:
@@ -56,11 +60,19 @@ def measure(name: str, size: int, most: int) -> dict[str, Timing]:
     return timings
 
 
-def measure_apart(name: str, size: int, most: int) -> list[dict[str, Any]]:
-    """One case, in a new process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        timings = executor.submit(measure, name, size, most).result()
+def measure_apart(name: str, size: int, most: int, processes: int) -> list[dict[str, Any]]:
+    """One case, in new processes, of which the measurements are put together."""
+    total: dict[str, Timing] = {}
+    end = time.monotonic() + LATEST
+    for _ in range(processes):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+            timings = executor.submit(measure, name, size, most).result()
+        total = {
+            way: total[way] + timing if total else timing for way, timing in timings.items()
+        }
+        if time.monotonic() > end:
+            break
     return [
         {"case": name, "size": size, "way": way, **timing.summarize()}
-        for way, timing in timings.items()
+        for way, timing in total.items()
     ]

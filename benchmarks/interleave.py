@@ -61,18 +61,25 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of the first call, which may compile, seconds of the others, and ratios of these
+    """Seconds of first calls, which may compile, seconds of the others, and ratios of these
     to the first way."""
 
-    first: float
+    firsts: list[float]
     seconds: list[float] = dataclasses.field(default_factory=list)
     ratios: list[float] = dataclasses.field(default_factory=list)
+
+    def __add__(self, other: "Timing") -> "Timing":
+        return Timing(
+            self.firsts + other.firsts,
+            self.seconds + other.seconds,
+            self.ratios + other.ratios,
+        )
 
     def summarize(self) -> dict[str, float]:
         """Medians, and the quartiles of the ratios."""
         low, ratio, high = statistics.quantiles(self.ratios, n=4)
         return {
-            "first": self.first,
+            "first": statistics.median(self.firsts),
             "seconds": statistics.median(self.seconds),
             "ratio": ratio,
             "low": low,
@@ -97,7 +104,7 @@ def interleave(
     start = time.monotonic()
     for name, way in ways.items():
         show(f"first call: {name}")
-        timings[name] = Timing(way.measure(1))
+        timings[name] = Timing([way.measure(1)])
     now = time.monotonic()
     end = now + min(max(BRIEFEST, now - start), LENGTHIEST)
     times, warm_up = _choose_times(list(ways.values()))
