@@ -14,7 +14,7 @@ hypothesis.settings.load_profile("jax")
 
 def pytest_report_header():
     versions = [f"{name} {version(name)}" for name in ("jax", "equinox", "optax", "brainunit")]
-    return f"{', '.join(versions)}, x64 {'on' if jax.config.jax_enable_x64 else 'off'}"
+    return f"{', '.join(versions)}, {jax.numpy.result_type(float)}"
 
 
 @pytest.fixture
