@@ -12,7 +12,7 @@ import jax
 
 # Visits of a way begin for as long as the first calls took, within these limits in seconds.
 BRIEFEST, LENGTHIEST = 30, 240
-# How many measurements there are in a visit, and so of each way at least.
+# How many measurements there are in a visit at most, and of each way at least.
 FEWEST = 5
 # For how many seconds a way is called before it is measured, and for how many it is then.
 WARM_UP = 0.04
@@ -121,7 +121,7 @@ def interleave(
         show(f"{max(0, end - now):.0f} s left, {name}")
         ways[name].measure(times, warm_up)
         before = ways[floor].measure(times, warm_up)
-        for _ in range(min(most, FEWEST)):
+        for _ in range(min(FEWEST, wanted - len(timings[name].ratios))):
             seconds = ways[name].measure(times, warm_up)
             after = ways[floor].measure(times, warm_up)
             timings[name].seconds.append(seconds)
