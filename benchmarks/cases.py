@@ -43,19 +43,19 @@ CASES = {
     "import": Case("import, beyond JAX, Equinox and optax", imports, [1], [1]),
 }
 TITLES = {name: case.title for name, case in CASES.items()}
-# How many processes measure a case, because where memory lies differs from one to the next,
-# and in how many seconds the last one begins.
-PROCESSES, LATEST = 3, 480
+# How many processes measure a case, every other one with the first calls in reverse order, so
+# that no way has the better memory, and in how many seconds the last one begins.
+PROCESSES, LATEST = 2, 300
 
 
-def measure(name: str, size: int, most: int) -> dict[str, Timing]:
+def measure(name: str, size: int, most: int, is_reversed: bool) -> dict[str, Timing]:
     """One case, in this process."""
 
     def show(text: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\033[K{name}, {size:,}: {text}", end="", file=sys.stderr, flush=True)
 
-    timings = interleave(CASES[name].make(size), most, show)
+    timings = interleave(CASES[name].make(size), most, show, is_reversed=is_reversed)
     show("")
     return timings
 
@@ -64,9 +64,9 @@ def measure_apart(name: str, size: int, most: int, processes: int) -> list[dict[
     """One case, in new processes, of which the measurements are put together."""
     total: dict[str, Timing] = {}
     end = time.monotonic() + LATEST
-    for _ in range(processes):
+    for i in range(processes):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-            timings = executor.submit(measure, name, size, most).result()
+            timings = executor.submit(measure, name, size, most, i % 2 == 1).result()
         total = {
             way: total[way] + timing if total else timing for way, timing in timings.items()
         }
