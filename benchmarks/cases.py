@@ -45,7 +45,7 @@ CASES = {
 TITLES = {name: case.title for name, case in CASES.items()}
 # How many processes measure a case, every other one with the first calls in reverse order, so
 # that no way has the better memory, and in how many seconds the last one begins.
-PROCESSES, LATEST = 2, 300
+PROCESSES, LATEST = 2, 200
 
 
 def measure(name: str, size: int, most: int, is_reversed: bool) -> dict[str, Timing]:
