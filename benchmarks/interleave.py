@@ -64,7 +64,7 @@ class Timing:
     """Seconds of first calls, which may compile, seconds of the others, and ratios of these
     to the first way."""
 
-    firsts: list[float]
+    firsts: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     ratios: list[float] = dataclasses.field(default_factory=list)
 
@@ -111,7 +111,7 @@ def interleave(
     ones are a few percent faster for it. `is_reversed` makes the last way the first.
     """
     ways = {name: way if isinstance(way, Way) else Way(way) for name, way in ways.items()}
-    timings = {name: Timing([]) for name in ways}
+    timings = {name: Timing() for name in ways}
     start = time.monotonic()
     for name in reversed(ways) if is_reversed else ways:
         show(f"first call: {name}")
