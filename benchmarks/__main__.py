@@ -9,7 +9,7 @@ from typing import Any
 
 import tqdm
 
-from .cases import CASES, measure_apart, PROCESSES, TITLES
+from .cases import CASES, measure_apart, measure_together, summarize, TITLES
 from .report import describe_machine, format_tables, plot, print_rows, save
 
 
@@ -39,9 +39,12 @@ def main():
         for name in args.cases
         for size in args.size or (CASES[name].quick if args.quick else CASES[name].sizes)
     ]
-    most, processes = (QUICK_MOST, 1) if args.quick else (args.most, PROCESSES)
     for name, size in tqdm.tqdm(runs, desc="cases"):
-        rows = measure_apart(name, size, most, processes)
+        if args.quick:
+            timings = measure_together(name, size, QUICK_MOST)
+        else:
+            timings = measure_apart(name, size, args.most)
+        rows = summarize(name, size, timings)
         print_rows(name, size, rows)
         results += rows
         save(args.json, machine, results)  # so that a long run can be broken off

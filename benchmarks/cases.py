@@ -16,19 +16,23 @@ from .units import unit_aware, unit_aware_eager
 
 
 class Case(NamedTuple):
-    """What is measured, and in which sizes: numbers of leaves, or of points."""
+    """What is measured, and in which sizes: numbers of leaves, or of points.
+
+    So many processes measure each way, every other one with the first calls in reverse order.
+    """
 
     title: str
     make: Any
     sizes: list[int]
     quick: list[int] = []
+    processes: int = 2
 
 
 CASES = {
-    "compiled": Case("compiled gradient", compiled, [8, 100, 1000, 4000], [8]),
+    "compiled": Case("compiled gradient", compiled, [8, 100, 1000, 4000], [8], 4),
     "compiled_wide": Case("compiled gradient, 1024 wide", compiled_wide, [8]),
     "eager": Case("eager gradient", eager, [8, 100, 1000, 4000], [8]),
-    "training": Case("training step with adam", training, [8, 100, 1000], [8]),
+    "training": Case("training step with adam", training, [8, 100, 1000], [8], 4),
     "training_wide": Case("training step, 1024 wide", training_wide, [8]),
     "tracing": Case("tracing a gradient", tracing, [8, 100, 1000]),
     "unit_aware": Case("compiled gradient with units", unit_aware, [8, 100], [8]),
@@ -43,36 +47,60 @@ CASES = {
     "import": Case("import, beyond JAX, Equinox and optax", imports, [1], [1]),
 }
 TITLES = {name: case.title for name, case in CASES.items()}
-# How many processes measure a case, every other one with the first calls in reverse order, so
-# that no way has the better memory, and in how many seconds the last one begins.
-PROCESSES, LATEST = 2, 200
+# In how many seconds the last process begins that measures a way.
+LATEST = 60
 
 
-def measure(name: str, size: int, most: int, is_reversed: bool) -> dict[str, Timing]:
-    """One case, in this process."""
+def measure(name: str, size: int, most: int, way: str = "", is_reversed: bool = False) -> Any:
+    """One case, in this process: all ways, or one of them and the floor."""
 
     def show(text: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\033[K{name}, {size:,}: {text}", end="", file=sys.stderr, flush=True)
 
-    timings = interleave(CASES[name].make(size), most, show, is_reversed=is_reversed)
+    ways = CASES[name].make(size)
+    if way:
+        floor = next(iter(ways))
+        ways = {floor: ways[floor], way: ways[way]}
+    timings = interleave(ways, most, show, is_reversed=is_reversed)
     show("")
     return timings
 
 
-def measure_apart(name: str, size: int, most: int, processes: int) -> list[dict[str, Any]]:
-    """One case, in new processes, of which the measurements are put together."""
-    total: dict[str, Timing] = {}
-    end = time.monotonic() + LATEST
-    for i in range(processes):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-            timings = executor.submit(measure, name, size, most, i % 2 == 1).result()
-        total = {
-            way: total[way] + timing if total else timing for way, timing in timings.items()
-        }
-        if time.monotonic() > end:
-            break
+def measure_together(name: str, size: int, most: int) -> dict[str, Timing]:
+    """One case, with all ways in one new process."""
+    return _run_apart(measure, name, size, most)
+
+
+def measure_apart(name: str, size: int, most: int) -> dict[str, Timing]:
+    """One case, each way with the floor in new processes of its own.
+
+    Where many programs share one, it is chance how their memory lies, for as long as it lives.
+    """
+    floor, *others = _run_apart(list_ways, name, size)
+    total = {floor: Timing()}
+    for way in others:
+        end = time.monotonic() + LATEST
+        for i in range(CASES[name].processes):
+            timings = _run_apart(measure, name, size, most, way, i % 2 == 1)
+            for each, timing in timings.items():
+                total[each] = total.get(each, Timing()) + timing
+            if time.monotonic() > end:
+                break
+    return total
+
+
+def list_ways(name: str, size: int) -> list[str]:
+    return list(CASES[name].make(size))
+
+
+def _run_apart(func: Any, *args: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(func, *args).result()
+
+
+def summarize(name: str, size: int, timings: dict[str, Timing]) -> list[dict[str, Any]]:
     return [
         {"case": name, "size": size, "way": way, **timing.summarize()}
-        for way, timing in total.items()
+        for way, timing in timings.items()
     ]
