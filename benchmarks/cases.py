@@ -1,5 +1,6 @@
 """The cases, and how one is measured in processes of its own."""
 
+import collections
 import multiprocessing
 import sys
 import time
@@ -51,7 +52,9 @@ TITLES = {name: case.title for name, case in CASES.items()}
 LATEST = 60
 
 
-def measure(name: str, size: int, most: int, way: str = "", is_reversed: bool = False) -> Any:
+def measure(
+    name: str, size: int, most: int, way: str | None = None, is_reversed: bool = False
+) -> dict[str, Timing]:
     """One case, in this process: all ways, or one of them and the floor."""
 
     def show(text: str) -> None:
@@ -59,7 +62,7 @@ def measure(name: str, size: int, most: int, way: str = "", is_reversed: bool = 
             print(f"\r\033[K{name}, {size:,}: {text}", end="", file=sys.stderr, flush=True)
 
     ways = CASES[name].make(size)
-    if way:
+    if way is not None:
         floor = next(iter(ways))
         ways = {floor: ways[floor], way: ways[way]}
     timings = interleave(ways, most, show, is_reversed=is_reversed)
@@ -77,14 +80,13 @@ def measure_apart(name: str, size: int, most: int) -> dict[str, Timing]:
 
     Where many programs share one, it is chance how their memory lies, for as long as it lives.
     """
-    floor, *others = _run_apart(list_ways, name, size)
-    total = {floor: Timing()}
-    for way in others:
+    total: dict[str, Timing] = collections.defaultdict(Timing)
+    for way in _run_apart(list_ways, name, size)[1:]:
         end = time.monotonic() + LATEST
         for i in range(CASES[name].processes):
             timings = _run_apart(measure, name, size, most, way, i % 2 == 1)
             for each, timing in timings.items():
-                total[each] = total.get(each, Timing()) + timing
+                total[each] += timing
             if time.monotonic() > end:
                 break
     return total
