@@ -7,7 +7,7 @@ import optax
 import pytest
 
 # The class is not public: an optimizer compares by it.
-from vgrad_eqx._alike import Alike
+from vgrad_eqx._optimizers.fingerprint import Alike
 
 
 MAKERS = {

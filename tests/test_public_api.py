@@ -57,7 +57,7 @@ def test_docstring_is_complete(name, public):
 
 
 def test_private_names_are_not_needed():
-    assert vg.GradientTransform.__call__.__module__ == "vgrad_eqx._transform"
+    assert vg.GradientTransform.__call__.__module__ == "vgrad_eqx._gradients.engine"
     assert vg.__version__.count(".") == 2
 
 

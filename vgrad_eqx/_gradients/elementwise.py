@@ -1,0 +1,230 @@
+"""Elementwise derivatives, and the proof that a function is elementwise where it is called."""
+
+import dataclasses
+import functools as ft
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .._tree.flat import put
+from .._tree.missing import MISSING
+from .engine import make_transform
+from .finite import name_shapes
+from .rules import Context, Operator
+
+
+def elementwise_grad(
+    func: Callable[..., Any] = MISSING,
+    grad_states: Any = None,
+    argnums: int | Sequence[int] | None = None,
+    return_value: bool = False,
+    has_aux: bool | None = None,
+    unit_aware: bool = False,
+    check_states: bool = True,
+    *,
+    debug_nan: bool = False,
+    order: int = 1,
+    check: bool = True,
+) -> Any:
+    """As [`vgrad_eqx.vector_grad`][], but it is the elementwise derivative, or an error.
+
+    For `y = func(x)` in which each `y[i]` depends on `x[i]` alone, it is
+    `g[i] = ∂ⁿy[i] / ∂x[i]ⁿ` for the `order` `n`. Each output must have the shape of each
+    differentiated leaf. It costs one product with the Jacobian, whatever the size of `x`: by
+    reverse mode for the first order, for all leaves at once, and by forward mode in
+    forward mode for a higher one, for each leaf.
+
+    **Arguments:**
+
+    - `order`: which derivative is taken, 1 or more. There are no mixed ones.
+    - `check`: whether to raise where an output depends on another element. It takes the product
+        with two vectors more, whose elements are signed powers of two: in an elementwise
+        function they scale the derivatives exactly. It looks at the derivatives at `x`, so
+        a function that is elementwise there, such as a sort of sorted numbers, passes.
+
+    **Returns:**
+
+    A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
+    A derivative has the shape and dtype of its leaf. For an output that is a pytree, each
+    gradient has its structure, with `None` at each leaf that is not inexact, and the derivative
+    of that output in the place of the others. If `unit_aware`, it has the unit of
+    that output over that of the leaf to the power of `order`.
+
+    **Raises:**
+
+    - `TypeError`, `ValueError`: on wrapping, for an `order` that is no int, or below 1.
+    - `ValueError`: on calling, if an output has another shape than a leaf; with `check`, if
+        an element of an output depends on another element. It names the argument and the
+        first index. From compiled code, the error of `equinox.error_if` names the argument.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> x = jnp.array([1.0, 2.0, 3.0])
+        >>> vg.elementwise_grad(lambda x: x**3)(x).tolist()
+        [3.0, 12.0, 27.0]
+        >>> vg.elementwise_grad(lambda x: x**3, order=2)(x).tolist()
+        [6.0, 12.0, 18.0]
+        >>> vg.elementwise_grad(jnp.cumsum)(x)
+        Traceback (most recent call last):
+        ValueError: `elementwise_grad(func=...)` must be elementwise. Got an output that \
+depends on other elements of `args[0]`, first at index (0,). Use `vector_grad` for the \
+gradient of the sum, `jacrev` for all derivatives, or `check=False`.
+
+    **Source:** the exactness of powers of two is that of IEEE 754.
+    """
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"`elementwise_grad(order=...)` must be an int. Got {order!r}.")
+    if order < 1:
+        raise ValueError(f"`elementwise_grad(order=...)` must be at least 1. Got {order}.")
+    return make_transform(
+        Operator("elementwise_grad", _Elementwise(order, check), power=order),
+        func,
+        grad_states=grad_states,
+        argnums=argnums,
+        return_value=return_value,
+        has_aux=has_aux,
+        unit_aware=unit_aware,
+        check_states=check_states,
+        debug_nan=debug_nan,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Elementwise:
+    """The rule: products of the Jacobian with ones and, to check, with two vectors more."""
+
+    order: int
+    check: bool
+
+    def __call__(self, func: Callable[..., Any], diff: Sequence[Any], context: Context) -> Any:
+        differentiate = self._pull_back if self.order == 1 else self._push_forward
+        return differentiate(func, diff, context)
+
+    def _pull_back(
+        self, func: Callable[..., Any], diff: Sequence[Any], context: Context
+    ) -> Any:
+        value, pull, arrays = jax.vjp(func, *diff, has_aux=True)
+        _check_shapes(value, diff, context)
+        rows = []
+        for i, output in enumerate(value):
+            vectors = self._make_vectors(output, [output, *diff])
+
+            def pull_one(vector: Array, i: int = i) -> Any:
+                return pull(tuple(put(list(map(jnp.zeros_like, value)), [i], [vector])))
+
+            products = zip(*map(pull_one, vectors), strict=True)
+            named = zip(products, context.names, strict=True)
+            rows.append([self._take([(each, vectors)], name) for each, name in named])
+        return value, rows, arrays
+
+    def _push_forward(
+        self, func: Callable[..., Any], diff: Sequence[Any], context: Context
+    ) -> Any:
+        value, arrays = func(*diff)
+        _check_shapes(value, diff, context)
+        columns = []
+        for i, leaf in enumerate(diff):
+            vectors = self._make_vectors(leaf, [leaf, *value])
+
+            def push_one(vector: Array, i: int = i, leaf: Any = leaf) -> Any:
+                derivative = lambda leaf: func(*put(diff, [i], [leaf]))[0]
+                first = derivative = _push(derivative, vector)
+                for _ in range(1, self.order):
+                    derivative = _push(derivative, vector)
+                # Of a linear function that mixes elements, only the first one shows it.
+                return first(leaf), derivative(leaf)
+
+            powers = [vector**self.order for vector in vectors]
+            firsts, lasts = zip(*map(push_one, vectors), strict=True)
+            pairs = zip(zip(*firsts, strict=True), zip(*lasts, strict=True), strict=True)
+            columns.append(
+                [
+                    self._take([(first, vectors), (last, powers)], context.names[i])
+                    for first, last in pairs
+                ]
+            )
+        return value, list(zip(*columns, strict=True)), arrays
+
+    def _take(
+        self, products: Sequence[tuple[Sequence[Array], Sequence[Array]]], name: str
+    ) -> Array:
+        """The last of the products with ones, if the others are scaled by the weights."""
+        result = products[-1][0][0]
+        if not self.check or result.size < 2:
+            return result
+        mixed = ft.reduce(operator.or_, [_find_mixed(*each) for each in products])
+        return _refuse(mixed, result, name)
+
+    def _make_vectors(self, like: Any, arrays: Sequence[Any]) -> list[Array]:
+        """Ones, and to check two vectors in which no two elements are the same twice.
+
+        Products with them are taken one by one, as a matrix product rounds a row of a large
+        batch in other ways than the same row at another place.
+        """
+        shape, dtype = jnp.shape(like), jnp.result_type(like)
+        if not self.check:
+            return [jnp.ones(shape, dtype)]
+        vectors: list[Any] = [np.ones(shape)]
+        most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
+        exponents = 1 + min(30, most // 2 - 1) // self.order
+        order = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape)
+        choices = exponents if self.order % 2 == 0 else 2 * exponents
+        for digit in (order % choices, order // choices % choices):
+            vectors.append(np.where(digit < exponents, 1, -1) * 2.0 ** (digit % exponents))
+        # The barrier hides their values, so that all products compile to the same operations.
+        return jax.lax.optimization_barrier([jnp.asarray(each, dtype) for each in vectors])
+
+
+def _push(func: Callable[..., Any], vector: Array) -> Callable[..., Any]:
+    return lambda leaf: jax.jvp(func, (leaf,), (vector,))[1]
+
+
+def _check_shapes(value: Sequence[Any], diff: Sequence[Any], context: Context) -> None:
+    for i, leaf in enumerate(diff):
+        if any(jnp.shape(output) != jnp.shape(leaf) for output in value):
+            raise ValueError(
+                "`elementwise_grad(func=...)` must return outputs of the shape of "
+                f"`{context.names[i]}`, {name_shapes([leaf])}. Got {name_shapes(value)}. Use "
+                "`jacrev` for all derivatives, or `jax.vmap` for one of each row."
+            )
+
+
+def _find_mixed(products: Sequence[Array], weights: Sequence[Array]) -> Array:
+    """Where products are not those of a diagonal matrix."""
+    info = [jnp.finfo(array.dtype) for array in (products[0], weights[0])]
+    eps, tiny = max(each.eps for each in info), max(each.tiny for each in info)
+    faults = []
+    for product, weight in zip(products[1:], weights[1:], strict=True):
+        # Scaling by a power of two commutes with rounding, but for numbers that underflow.
+        expected = products[0] * weight
+        allowed = 4 * eps * jnp.abs(expected) + 4 * tiny * jnp.abs(weight)
+        known = jnp.isfinite(product) & jnp.isfinite(expected)
+        faults.append(known & (jnp.abs(product - expected) > allowed))
+    return ft.reduce(operator.or_, faults)
+
+
+def _refuse(mixed: Array, result: Array, name: str) -> Array:
+    text = (
+        "`elementwise_grad(func=...)` must be elementwise. Got an output that depends on other "
+        f"elements of `{name}`"
+    )
+    way_out = (
+        "Use `vector_grad` for the gradient of the sum, `jacrev` for all derivatives, or "
+        "`check=False`."
+    )
+    if isinstance(mixed, jax.core.Tracer):
+        return eqx.error_if(result, mixed.any(), f"{text}. {way_out}")
+    if mixed.any():
+        index = tuple(map(int, np.argwhere(np.asarray(mixed))[0]))
+        raise ValueError(f"{text}, first at index {index}. {way_out}")
+    return result

@@ -1,0 +1,223 @@
+"""Gradients: a rule of differentiation each, and nothing else."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+from .._tree.missing import MISSING
+from .engine import GradientTransform, make_transform
+from .rules import Operator, pull_back, pull_back_scalar
+
+
+@overload
+def vector_grad(
+    *,
+    grad_states: Any = None,
+    argnums: int | Sequence[int] | None = None,
+    return_value: bool = False,
+    has_aux: bool | None = None,
+    unit_aware: bool = False,
+    check_states: bool = True,
+    debug_nan: bool = False,
+    cotangent: Any = None,
+) -> Callable[[Callable[..., Any]], GradientTransform]: ...
+
+
+@overload
+def vector_grad(
+    func: Callable[..., Any],
+    grad_states: Any = None,
+    argnums: int | Sequence[int] | None = None,
+    return_value: bool = False,
+    has_aux: bool | None = None,
+    unit_aware: bool = False,
+    check_states: bool = True,
+    *,
+    debug_nan: bool = False,
+    cotangent: Any = None,
+) -> GradientTransform: ...
+
+
+def vector_grad(
+    func=MISSING,
+    grad_states=None,
+    argnums=None,
+    return_value=False,
+    has_aux=None,
+    unit_aware=False,
+    check_states=True,
+    *,
+    debug_nan=False,
+    cotangent=None,
+):
+    """Creates a function that computes the vector gradient of `func`.
+
+    For `y = func(*args)` and a differentiated leaf `θ`, the vector gradient is a row of ones
+    times the Jacobian: `g[j] = Σ_i ∂y[i] / ∂θ[j]`, the column sums of the Jacobian. It is the
+    elementwise derivative only if each `y[i]` depends on `θ[i]` alone; the full
+    Jacobian is what `jax.jacrev` returns. For a scalar `y` it is the gradient.
+
+    As a decorator, plain or with options, it turns a function or a method into its
+    gradient.
+
+    **Arguments:**
+
+    - `func`: the function to differentiate. It may take and return any pytrees. The
+        inexact leaves of its output are differentiated; the others pass through.
+    - `grad_states`: which leaves of the state tree are differentiated. The state tree is
+        `func` itself if that is an Equinox module, the module of a bound method, the
+        first bound argument of an `equinox.Partial`, and else the first positional
+        argument. One selector: a path such as `"layers.*.weight"`, one of
+        [`vgrad_eqx.path`][], [`vgrad_eqx.instance`][], [`vgrad_eqx.at`][] and
+        [`vgrad_eqx.leaf`][], or an Equinox filter spec (`True`, a predicate, or a
+        pytree of them). Or several: a list, tuple or dict with a path or one of
+        those four in it. Or else states by reference, which `func` closes over: a
+        [`vgrad_eqx.State`][] or `jax.Ref`, or a pytree of them. Defaults to none.
+    - `argnums`: which positional arguments are differentiated: an int, or a sequence of
+        ints. Negative ones count from the end. Defaults to 0 without `grad_states`, and
+        with it to none. Keyword arguments are never differentiated.
+    - `return_value`: whether to return the output of `func` as well.
+    - `has_aux`: whether `func` returns a pair `(value, aux)`, of which only `value` is
+        differentiated. `aux` may hold anything.
+    - `unit_aware`: whether a gradient carries the unit of `y` over that of `θ`. If `False`,
+        it is the number of that same gradient. For arrays without units, it makes no
+        difference.
+    - `check_states`: whether to refuse selected leaves on which the output of `func` does
+        not depend, and states by reference that it does not touch. Leaves are checked once
+        for each structure of the arguments, and not at all where `func` cannot be traced.
+        If `False`, the gradient of such a leaf or state is zero.
+    - `debug_nan`: whether to raise if a gradient holds a NaN or an infinity. Under
+        `jax.jit` this costs a callback.
+    - `cotangent`: what to multiply the Jacobian by instead of a row of ones, so that
+        `g[j] = Σ_i c[i] ∂y[i] / ∂θ[j]`. A pytree like the output, in which leaves that are
+        not inexact may be anything, or a function that makes one of the output. It may carry
+        a unit, which multiplies that of `y`. Defaults to ones.
+
+    **Returns:**
+
+    A [`vgrad_eqx.GradientTransform`][], a function with the arguments of `func`. It returns
+
+    | `has_aux` | `return_value=False` | `return_value=True` |
+    |---|---|---|
+    | `False` | `grads` | `(grads, value)` |
+    | `True` | `(grads, aux)` | `(grads, value, aux)` |
+
+    where `grads` is `arg_grads` without `grad_states`, `var_grads` with `grad_states` alone,
+    and `(var_grads, arg_grads)` with both:
+
+    - `var_grads` is a flat dict `{path: gradient}` in leaf order, which optax takes as it
+        is; for several selectors, the structure of `grad_states` with such a dict in
+        the place of each. For states by reference, the structure of `grad_states` with
+        a gradient in the place of each, which has the structure of its value.
+    - `arg_grads` is one gradient for an int, and a tuple for a sequence. It has the structure
+        of the argument, with `None` at each leaf that is no inexact array. An
+        argument that is a Python float or complex is differentiated.
+
+    A gradient has the shape and dtype of its leaf. If `unit_aware`, it has the unit of the
+    output over that of the leaf, and is a plain array where these have one dimension. Outputs
+    in several units of one dimension are added up in the unit of the first. For a complex
+    leaf it follows JAX's convention: for a real output, descend along its conjugate. Without
+    `func`, it returns a decorator.
+
+    States by reference that `func` sets are set after the call. A `func` that uses any is
+    traced at each call.
+
+    **Raises:**
+
+    - `TypeError`: on wrapping, for a `func` that is not callable, an `argnums` that is no int,
+        or a `grad_states` that is no selector and no state; on calling, for an argument, a
+        state or an output without anything to differentiate, without a positional argument,
+        if `has_aux` and `func` returns no pair, or if a `func` that uses states by reference
+        cannot be traced.
+    - `ValueError`: on calling, for an `argnums` out of range, given twice, or naming the
+        state tree; for a selector that chooses no inexact array; if two leaves have one path;
+        for a selected leaf on which the output does not depend; or for a state that is not
+        touched, or set under `jax.vmap`; for a `cotangent` of another structure, shape or
+        dtype than the output.
+    - `brainunit.UnitMismatchError`: on calling, for outputs of several dimensions.
+    - `FloatingPointError`: at run time, with `debug_nan`; from compiled code as a
+        `jax.errors.JaxRuntimeError` that quotes it.
+
+    **Example:**
+
+        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> vg.vector_grad(lambda x: x**2)(jnp.array([3.0, 4.0])).tolist()
+        [6.0, 8.0]
+        >>> vg.vector_grad(jnp.cumsum)(jnp.array([3.0, 4.0])).tolist()
+        [2.0, 1.0]
+        >>> mlp = eqx.nn.MLP(2, 1, 8, 1, key=jax.random.key(0))
+        >>> @vg.vector_grad(grad_states="layers.*.weight", return_value=True)
+        ... def errors(model, x, y):
+        ...     return jnp.square(jax.vmap(model)(x) - y)
+        >>> var_grads, value = errors(mlp, jnp.ones((5, 2)), jnp.ones((5, 1)))
+        >>> {path: grad.shape for path, grad in var_grads.items()}, value.shape
+        ({'layers.0.weight': (8, 2), 'layers.1.weight': (1, 8)}, (5, 1))
+        >>> scale = vg.State(jnp.array(2.0))
+        >>> float(vg.vector_grad(lambda x: scale.value * x, scale)(jnp.array([3.0, 4.0])))
+        7.0
+        >>> import brainunit as u
+        >>> tau = jnp.array([3.0, 4.0]) * u.ms
+        >>> print(vg.vector_grad(lambda tau: u.volt * tau / u.ms**3, unit_aware=True)(tau))
+        [1. 1.] V / ms^3
+
+    **Source:** `brainstate.transform.vector_grad`, brainstate 0.5, for the signature and the
+    order of results; `equinox.filter_vjp`, equinox 0.13, for what is differentiable.
+    """
+    return make_transform(
+        Operator("vector_grad", pull_back, adds_up=True),
+        func,
+        grad_states=grad_states,
+        argnums=argnums,
+        return_value=return_value,
+        has_aux=has_aux,
+        unit_aware=unit_aware,
+        check_states=check_states,
+        debug_nan=debug_nan,
+        cotangent=cotangent,
+    )
+
+
+def grad(
+    func: Callable[..., Any] = MISSING,
+    grad_states: Any = None,
+    argnums: int | Sequence[int] | None = None,
+    return_value: bool = False,
+    has_aux: bool | None = None,
+    unit_aware: bool = False,
+    check_states: bool = True,
+    *,
+    debug_nan: bool = False,
+) -> Any:
+    """As [`vgrad_eqx.vector_grad`][], but for a function that returns one real scalar.
+
+    For that it gives the same; for any other function it is an error instead of the gradient
+    of a sum.
+
+    **Returns:**
+
+    A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
+
+    **Raises:**
+
+    - `TypeError`: on calling, also if `func` returns anything but one real scalar.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> vg.grad(lambda x: jnp.sum(x**2))(jnp.array([3.0, 4.0])).tolist()
+        [6.0, 8.0]
+
+    **Source:** `jax.grad`, JAX 0.10; `brainstate.transform.grad`, brainstate 0.5.
+    """
+    return make_transform(
+        Operator("grad", pull_back_scalar, adds_up=True),
+        func,
+        grad_states=grad_states,
+        argnums=argnums,
+        return_value=return_value,
+        has_aux=has_aux,
+        unit_aware=unit_aware,
+        check_states=check_states,
+        debug_nan=debug_nan,
+    )

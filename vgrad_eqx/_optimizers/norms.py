@@ -1,0 +1,124 @@
+"""The norms of gradients, by path, and a picture of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._tree.flat import FlatTree
+from .._tree.units import attach_unit, split_unit
+
+
+def grad_norms(var_grads: Any) -> dict[str, Any]:
+    """The Euclidean norm of each gradient, by its path.
+
+    **Arguments:**
+
+    - `var_grads`: a dict `{path: gradient}`, or any pytree of gradients.
+
+    **Returns:**
+
+    A flat dict `{path: norm}` of real scalars, in the unit of the gradient. They are computed
+    in float32 at least, so that the squares of small dtypes do not overflow. It works under
+    `jax.jit`.
+
+    **Raises:**
+
+    - `ValueError`: if there is no inexact array in `var_grads`, or two have one dotted path.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> norms = vg.grad_norms({"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)})
+        >>> {path: float(norm) for path, norm in norms.items()}
+        {'a': 5.0, 'b': 0.0}
+    """
+    flat = FlatTree(var_grads)
+    flat.check_names()
+    if not flat.differentiable:
+        raise ValueError(
+            "`grad_norms(var_grads=...)` must hold inexact arrays. Got a "
+            f"`{type(var_grads).__name__}` without one."
+        )
+    return {flat.names[i]: _norm(flat.leaves[i]) for i in flat.differentiable}
+
+
+def _norm(grad: Any) -> Any:
+    number, unit = split_unit(grad)
+    dtype = jnp.promote_types(jnp.result_type(number), jnp.float32)
+    return attach_unit(jnp.linalg.norm(jnp.asarray(number, dtype).ravel()), unit)
+
+
+def plot_grad_norms(history: Sequence[Mapping[str, Any]], ax: Any = None) -> Any:
+    """Draws norms of gradients as a heat map of path against step, on a log scale.
+
+    A layer whose gradients vanish is dark, one whose gradients explode is bright. Norms of
+    exactly zero are blue, those that are not finite are red, and steps in which a path was
+    not trained are left blank. It needs matplotlib, which `pip install "vgrad_eqx[plot]"`
+    brings.
+
+    **Arguments:**
+
+    - `history`: a list of what [`vgrad_eqx.grad_norms`][] returns, one for each step; or for
+        several steps, with a first axis, as [`vgrad_eqx.train_step`][] stacks them.
+    - `ax`: the `matplotlib.axes.Axes` to draw into. Defaults to those of a new figure.
+
+    **Returns:**
+
+    The axes.
+
+    **Raises:**
+
+    - `ImportError`: without matplotlib.
+    - `ValueError`: if `history` is empty.
+
+    **Example:**
+
+        >>> import matplotlib
+        >>> matplotlib.use("agg")
+        >>> import vgrad_eqx as vg
+        >>> ax = vg.plot_grad_norms([{"a": 1.0, "b": 10.0}, {"a": 0.1, "b": 1e3}])
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['a', 'b']
+    """
+    if not history:
+        raise ValueError("`plot_grad_norms(history=...)` must hold a step. Got none.")
+    try:
+        import matplotlib.colors as colors
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            '`plot_grad_norms` needs matplotlib. Install it by `pip install "vgrad_eqx[plot]"`.'
+        ) from error
+    paths, norms, given = _arrange(history)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 1 + 0.25 * len(paths)), layout="constrained")
+    regular = given & np.isfinite(norms) & (norms > 0)
+    low, high = (norms[regular].min(), norms[regular].max()) if regular.any() else (1.0, 1.0)
+    scale = colors.LogNorm(low, high if high > low else 2 * low)
+    extent = (-0.5, norms.shape[1] - 0.5, len(paths) - 0.5, -0.5)
+    options: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+    drawn = np.where(regular, norms, np.nan)
+    image = ax.imshow(drawn, norm=scale, cmap="inferno", **options)
+    for fault, color in [(norms == 0, "tab:blue"), (~np.isfinite(norms), "red")]:
+        marked = np.where(given & fault, 1.0, np.nan)
+        ax.imshow(marked, cmap=colors.ListedColormap([color]), **options)
+    ax.set_yticks(range(len(paths)), paths, fontsize="small")
+    ax.set_xlabel("step")
+    ax.figure.colorbar(image, ax=ax, label="norm of the gradient (blue: 0, red: not finite)")
+    return ax
+
+
+def _arrange(history: Sequence[Mapping[str, Any]]) -> tuple[list[str], Any, Any]:
+    """The paths, the norm of each at each step, and whether there was one."""
+    paths = list(dict.fromkeys(path for entry in history for path in entry))
+    columns = []
+    for entry in history:
+        numbers = {path: np.atleast_1d(split_unit(norm)[0]) for path, norm in entry.items()}
+        blank = np.full(max(map(len, numbers.values()), default=1), -1.0)
+        columns.append(np.stack([numbers.get(path, blank) for path in paths]))
+    norms = np.concatenate(columns, axis=1).astype(float)
+    given = norms != -1.0  # a norm is never negative
+    return paths, norms, given

@@ -1,0 +1,270 @@
+"""Optax transformations that update the chosen leaves of a module, or states by reference."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+
+from .._select.kinds import as_selector
+from .._select.resolve import select
+from .._select.states import add
+from .._tree.flat import FlatTree, near_misses, put
+from .._tree.flatten import flatten
+from .._tree.units import attach_unit, split_unit
+from .fingerprint import Alike
+from .groups import Groups, make_groups, precompose
+from .unitful import UnitfulState
+
+
+class Optimizer(eqx.Module):
+    """An optax transformation that updates the chosen leaves of a module.
+
+    It is immutable, and a pytree that holds the state of the transformation, so it passes
+    through `jax.jit`, `equinox.filter_jit` and `jax.lax.scan`. What is not chosen is frozen:
+    it has no optimizer state, and does not decay. Two optimizers that are made alike, say by
+    `optax.adam(1e-3)` both, are one program to JAX.
+
+    **Arguments:**
+
+    - `tx`: an optax transformation, or a dict from selector to transformation, one for each
+        group of leaves. It may be one of [`vgrad_eqx.unitful`][].
+    - `model`: any pytree, such as an Equinox module.
+    - `selector`: which of its leaves are updated, as in [`vgrad_eqx.states`][]. Defaults to
+        all inexact arrays. With groups, each of these leaves must be in one of them.
+
+    **Returns:**
+
+    An optimizer. It has the `opt_state` of optax (with groups, a dict from the text of the
+    selector to the state of its group), the `count` of its steps, an `int32` scalar, and the
+    methods `step`, `params` and `reselect`.
+
+    **Raises:**
+
+    - `TypeError`: if `tx` is no optax transformation; if a chosen leaf has a unit, and its
+        transformation is not made by [`vgrad_eqx.unitful`][].
+    - `ValueError`: if `selector` chooses no inexact array; if a chosen leaf is in no group
+        or in two, or a group has no chosen leaf.
+
+    **Example:**
+
+        >>> import equinox as eqx, jax, jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> mlp = eqx.nn.MLP(2, 1, 8, 1, key=jax.random.key(0))
+        >>> tx = {"**.weight": optax.adamw(1e-2), "**.bias": optax.sgd(1e-1)}
+        >>> opt = vg.Optimizer(tx, mlp, "layers.1")
+        >>> loss = lambda mlp, x: jnp.sum(mlp(x) ** 2)
+        >>> grads = vg.vector_grad(loss, "layers.1")(mlp, jnp.ones(2))
+        >>> mlp, opt = opt.step(mlp, grads)
+        >>> list(opt.params(mlp)), int(opt.count)
+        (['layers.1.weight', 'layers.1.bias'], 1)
+    """
+
+    opt_state: Any
+    count: jax.Array
+    tx: Alike = eqx.field(static=True)
+    groups: Groups = eqx.field(static=True)
+    names: tuple[str, ...] = eqx.field(static=True)
+
+    def __init__(self, tx: Any, model: Any, selector: Any = True):
+        flat = flatten(model)
+        chosen = select(flat, as_selector(selector), "Optimizer(selector=...)")
+        self.tx = Alike(tx)
+        self.names = chosen.names
+        self.groups = make_groups(tx, flat, chosen, "Optimizer(tx=...)")
+        params = {name: flat.leaves[i] for i, name in zip(*chosen, strict=True)}
+        self.opt_state = self.groups.init(params)
+        _check_units(self.groups, self.opt_state, params)
+        self.count = jnp.zeros((), jnp.int32)
+
+    def params(self, model: Any) -> dict[str, Any]:
+        """The leaves of a module that are updated, by their path."""
+        flat = flatten(model)
+        indices = _find(flat, self.names)
+        return {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
+
+    def step(
+        self, model: Any, var_grads: Mapping[str, Any], **extra_args: Any
+    ) -> tuple[Any, "Optimizer"]:
+        """Updates the chosen leaves along their gradients.
+
+        **Arguments:**
+
+        - `model`: a pytree of the structure of that which the optimizer was made for.
+        - `var_grads`: a dict `{path: gradient}` of exactly the chosen leaves, each of the
+            shape of its leaf, as [`vgrad_eqx.vector_grad`][] gives it. A complex gradient
+            follows JAX's convention, and the step is along its conjugate.
+        - `extra_args`: what the transformation takes besides, such as `value`, `grad` (a
+            dict like `var_grads`) and `value_fn` (a function of the model) of the line
+            searches of optax.
+
+        **Returns:**
+
+        The updated model and the next optimizer. Each leaf keeps its dtype.
+
+        **Raises:**
+
+        - `TypeError`: if `var_grads` is no dict.
+        - `ValueError`: for a gradient that is missing, `None`, at an unknown path, or of
+            another shape than its leaf; for an `opt_state` of another selection; if `model`
+            lacks a leaf. Nothing is updated then.
+        """
+        return self.advance(model, var_grads, extra_args, "Optimizer.step")
+
+    def advance(
+        self, model: Any, var_grads: Any, extra_args: dict[str, Any], caller: str
+    ) -> tuple[Any, "Optimizer"]:
+        flat = flatten(model)
+        indices = _find(flat, self.names)
+        params = {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
+        with_units = _find_unitful(self.groups, self.opt_state)
+        grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
+        if extra_args.get("grad") is not None:
+            given = extra_args["grad"]
+            extra_args["grad"] = _parse_grads(given, params, with_units, f"{caller}(grad=...)")
+        if extra_args.get("value_fn") is not None:
+
+            def rebuild(params: dict[str, Any]) -> Any:
+                values = [params[name] for name in self.names]
+                return flat.unflatten(put(flat.leaves, indices, values))
+
+            extra_args["value_fn"] = precompose(extra_args["value_fn"], rebuild)
+        try:
+            updates, opt_state = self.groups.update(grads, self.opt_state, params, extra_args)
+        except Exception as error:
+            self._check_state(params, error)
+            raise
+        new = [
+            add(leaf, updates[name], f"The update of `{caller}` at `{name}`")
+            for name, leaf in params.items()
+        ]
+        where = lambda opt: (opt.opt_state, opt.count)
+        opt = eqx.tree_at(where, self, (opt_state, optax.safe_increment(self.count)))
+        return flat.unflatten(put(flat.leaves, indices, new)), opt
+
+    def reselect(self, model: Any, selector: Any = True, tx: Any = None) -> "Optimizer":
+        """Changes what is trained, and keeps what is known of the leaves that stay.
+
+        **Arguments:**
+
+        - `model`: the pytree as it is now.
+        - `selector`: which of its leaves are updated from now on. Defaults to all.
+        - `tx`: another transformation or other groups. Defaults to those of now, of which
+            the selectors of the groups are asked again.
+
+        **Returns:**
+
+        An optimizer with the count of this one. What optax keeps for a leaf, such as its
+        moments, is kept for each leaf that stays, also in another group; it starts at zero
+        for each new leaf, and for one whose transformation or shape is another. What
+        it keeps for a group, such as a count of its own, goes on with the leaves that
+        stay, and starts anew in a group of new leaves alone.
+
+        **Raises:**
+
+        - `TypeError`, `ValueError`: as [`vgrad_eqx.Optimizer`][]; and if the transformation
+            keeps one array for all leaves together.
+        """
+        fresh = Optimizer(self.tx.value if tx is None else tx, model, selector)
+        opt_state = fresh.groups.carry_over(
+            fresh.opt_state, self.groups, self.opt_state, "Optimizer.reselect"
+        )
+        where = lambda opt: (opt.opt_state, opt.count)
+        return eqx.tree_at(where, fresh, (opt_state, self.count))
+
+    def _check_state(self, params: dict[str, Any], error: Exception) -> None:
+        """Says so if an error comes from the state of another selection."""
+        init = self.groups.init
+        expected = jtu.tree_structure(jax.eval_shape(init, params))
+        if jtu.tree_structure(self.opt_state) != expected:
+            raise ValueError(
+                "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
+                f"made for, of {', '.join(f'`{name}`' for name in self.names)}. Got "
+                f"{eqx.tree_pformat(self.opt_state)}. To change what is trained, use "
+                "`reselect`."
+            ) from error
+
+
+def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
+    """The places of the leaves of these names."""
+    places = {flat.names[i]: i for i in flat.differentiable}
+    for name in names:
+        if name not in places:
+            raise ValueError(
+                "`Optimizer.step(model=...)` must have the leaves that the optimizer was made "
+                f"for. Got a `{type(flat.tree).__name__}` without an inexact array at "
+                f"`{name}`. {near_misses(name, flat)}"
+            )
+    return [places[name] for name in names]
+
+
+def _find_unitful(groups: Groups, opt_state: Any) -> set[str]:
+    """The paths of the parameters of which optax does not see the units."""
+
+    def is_unitful(node: Any) -> bool:
+        return isinstance(node, UnitfulState)
+
+    return {
+        name
+        for group, state in zip(groups.groups, groups.split(opt_state), strict=True)
+        if any(map(is_unitful, jtu.tree_leaves(state, is_leaf=is_unitful)))
+        for name in group.names
+    }
+
+
+def _check_units(groups: Groups, opt_state: Any, params: dict[str, Any]) -> None:
+    with_units = _find_unitful(groups, opt_state)
+    for name, leaf in params.items():
+        if split_unit(leaf)[1] is not None and name not in with_units:
+            raise TypeError(
+                "`Optimizer(tx=...)` must be made by `vg.unitful(tx, loss_unit=...)` for "
+                f"leaves with units, which optax does not know. Got another one for `{name}`, "
+                f"{leaf!r}."
+            )
+
+
+def _parse_grads(
+    grads: Any, params: dict[str, Any], with_units: set[str], caller: str
+) -> dict[str, Any]:
+    """The gradients as optax takes them: those of complex leaves are conjugated."""
+    if not isinstance(grads, Mapping):
+        raise TypeError(
+            f"`{caller}` must be a dict from dotted path to gradient, as "
+            "`vg.vector_grad(..., grad_states=...)` gives it. Got "
+            f"a `{type(grads).__name__}`. Of gradients in the structure of a model, as "
+            "`eqx.filter_grad` gives them, `vg.states(grads)` is such a dict."
+        )
+    faults = [
+        *[f"none at `{name}`" for name in params if name not in grads],
+        *[f"one at `{name}`, which is not chosen" for name in grads if name not in params],
+    ]
+    for name in params:
+        if name in grads:
+            fault = _find_fault(grads[name], params[name], name in with_units)
+            faults += [] if fault is None else [f"{fault} at `{name}`"]
+    if faults:
+        raise ValueError(
+            f"`{caller}` must hold a gradient for each chosen leaf, of the shape of the leaf, "
+            f"and no other. Got {'; '.join(faults)}."
+        )
+    return {name: _conjugate(grads[name]) for name in params}
+
+
+def _find_fault(grad: Any, param: Any, with_units: bool) -> str | None:
+    (number, unit), shape = split_unit(grad), jnp.shape(split_unit(param)[0])
+    is_array = eqx.is_array_like(number)
+    if not (is_array and jnp.issubdtype(jnp.result_type(number), jnp.inexact)):
+        return eqx.tree_pformat(grad)
+    if jnp.shape(number) != shape:
+        return f"{eqx.tree_pformat(grad)} for a leaf of shape {shape}"
+    if unit is not None and not with_units:
+        return f"a gradient in {unit} without `vg.unitful(tx, loss_unit=...)`"
+    return None
+
+
+def _conjugate(grad: Any) -> Any:
+    number, unit = split_unit(grad)
+    return attach_unit(jnp.conj(number), unit) if jnp.iscomplexobj(number) else grad

@@ -1,0 +1,154 @@
+"""The twin of the optimizer of modules, for states by reference."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from .._gradients.inputs import parse_grad_states, RefPart
+from .._references.trace import call_with
+from .._tree.sharding import spread
+from .._tree.state import State, write
+from .._tree.units import split_unit
+from .optimizer import Optimizer
+
+
+class StateOptimizer(eqx.Module):
+    """An optax transformation that updates states by reference, in place.
+
+    The twin of [`vgrad_eqx.Optimizer`][]. It keeps the state of the transformation in a
+    [`vgrad_eqx.State`][], so its steps may be taken in compiled functions, which close over it.
+
+    **Arguments:**
+
+    - `tx`: as in [`vgrad_eqx.Optimizer`][]. The selectors of groups are asked about the names
+        of the states, such as `"layers.*.weight"`, in the dict that `vg.states` gives.
+    - `states`: a [`vgrad_eqx.State`][] or `jax.Ref`, or a pytree of them: what the
+        `grad_states` of [`vgrad_eqx.vector_grad`][] is.
+
+    **Returns:**
+
+    An optimizer. It has the `opt_state` of optax, the `count` of its steps, and the methods
+    `step` and `params`.
+
+    **Raises:**
+
+    - `TypeError`: if `states` is none, or one in it holds no inexact array; and as
+        [`vgrad_eqx.Optimizer`][].
+    - `ValueError`: if two states have one name; and as [`vgrad_eqx.Optimizer`][].
+
+    **Example:**
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> w = vg.State(jnp.array([3.0, 4.0]))
+        >>> opt = vg.StateOptimizer(optax.sgd(0.25), {"w": w})
+        >>> @jax.jit
+        ... def step():
+        ...     opt.step(vg.vector_grad(lambda _: w.value**2, {"w": w})(None))
+        >>> step(), w.value.tolist(), int(opt.count)
+        (None, [1.5, 2.0], 1)
+    """
+
+    states: Any
+    memory: State
+
+    def __init__(self, tx: Any, states: Any):
+        self.states = states
+        part = self.split()
+        if len(set(part.names)) < len(part.names):
+            twice = max(part.names, key=part.names.count)
+            raise ValueError(
+                f"`StateOptimizer(states=...)` must have names that differ. Got `{twice}` "
+                "twice. Rename one of the keys."
+            )
+        optimizer = Optimizer(tx, dict(zip(part.names, part.diff, strict=True)))
+        # A compiled function takes references on the same devices only.
+        arrays, structure = jtu.tree_flatten(optimizer)
+        numbers = [split_unit(param)[0] for param in part.diff]
+        optimizer = jtu.tree_unflatten(structure, spread(arrays, numbers))
+        self.memory = State(optimizer, "the memory of an optimizer")
+
+    @property
+    def opt_state(self) -> Any:
+        return self.memory.value.opt_state
+
+    @property
+    def count(self) -> jax.Array:
+        return self.memory.value.count
+
+    def params(self) -> dict[str, Any]:
+        """The arrays that are updated, by the names of their states."""
+        part = self.split()
+        return dict(zip(part.names, part.diff, strict=True))
+
+    def step(self, var_grads: Any, **extra_args: Any) -> None:
+        """Updates the states along their gradients, in place.
+
+        **Arguments:**
+
+        - `var_grads`: the gradients in the structure of `states`, as
+            [`vgrad_eqx.vector_grad`][] gives them.
+        - `extra_args`: what the transformation takes besides, as in
+            [`vgrad_eqx.Optimizer`][]. `grad` is like `var_grads`, and `value_fn` is a function
+            without an argument, which closes over the states.
+
+        **Raises:**
+
+        - `ValueError`: if `var_grads` has another structure than `states`, or a gradient
+            another shape than its state. Nothing is updated then.
+        """
+        caller = "StateOptimizer.step"
+        part = self.split()
+        params = dict(zip(part.names, part.diff, strict=True))
+        grads = self._name(part, var_grads, f"{caller}(var_grads=...)")
+        if extra_args.get("grad") is not None:
+            extra_args["grad"] = self._name(part, extra_args["grad"], f"{caller}(grad=...)")
+        if extra_args.get("value_fn") is not None:
+            extra_args["value_fn"] = _over_params(extra_args["value_fn"], part)
+        params, optimizer = self.memory.value.advance(params, grads, extra_args, caller)
+        if jtu.tree_structure(optimizer) != self.memory.structure:
+            raise ValueError(
+                "`StateOptimizer(tx=...)` must be a transformation whose state keeps its "
+                "structure. Got one whose first step changes it, as that of `optax.monitor`. "
+                "Use `vg.Optimizer` for it."
+            )
+        self.memory.value = optimizer
+        for ref, name in zip(part.refs.values(), part.names, strict=True):
+            write(ref, split_unit(params[name])[0], f"The state `{name}`")
+
+    def split(self) -> RefPart:
+        """The references in the states, and their values."""
+        caller = "StateOptimizer(states=...)"
+        grad_states = parse_grad_states(self.states, caller)
+        if grad_states is None or not grad_states.by_reference:
+            raise TypeError(
+                f"`{caller}` must be a `vg.State` or `jax.Ref`, or a pytree of them. Got "
+                f"{eqx.tree_pformat(self.states)}. For the leaves of a module, use "
+                "`vg.Optimizer`."
+            )
+        return RefPart(grad_states, caller)
+
+    def _name(self, part: RefPart, grads: Any, caller: str) -> dict[str, Any]:
+        try:
+            return dict(zip(part.names, part.list_gradients(grads), strict=True))
+        except ValueError as error:
+            raise ValueError(
+                f"`{caller}` must have the structure of the states, "
+                f"{eqx.tree_pformat(self.states)}. Got {eqx.tree_pformat(grads)}."
+            ) from error
+
+
+def _over_params(value_fn: Callable[..., Any], part: RefPart) -> Callable[..., Any]:
+    """The function of the values in the states, by name, instead of the states."""
+
+    @ft.wraps(value_fn)  # optax reads the names of its arguments
+    def evaluate(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        numbers = [split_unit(params[name])[0] for name in part.names]
+        values = dict(zip(part.refs, numbers, strict=True))
+        return call_with(value_fn, values, *args, **kwargs)
+
+    return evaluate

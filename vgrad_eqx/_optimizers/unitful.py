@@ -1,0 +1,237 @@
+"""Any optax transformation for parameters with units."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import optax
+
+from .._tree.flat import FlatTree, near_misses
+from .._tree.units import (
+    attach_unit,
+    find_factor,
+    find_factors,
+    find_quotient,
+    parse_unit,
+    raise_mismatch,
+    split_unit,
+)
+
+
+class _Units(eqx.Module):
+    """The units in which parameters are written, which belong to the structure."""
+
+    by_path: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+
+
+class UnitfulState(NamedTuple):
+    """The state of [`vgrad_eqx.unitful`][]: that of the optimizer inside, and units."""
+
+    inner_state: Any
+    units: _Units
+
+
+def unitful(
+    tx: optax.GradientTransformation,
+    loss_unit: Any = None,
+    scale: Mapping[str, Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets any optax transformation optimize parameters with units.
+
+    With a scale `S` for each parameter `p` and the unit `L` of the loss, optax sees `x = p/S`
+    and the gradient `g·S/L`, and its update `dx` becomes `S·dx`, in the unit of `p`. All
+    of these are pure numbers, so every hyperparameter is one, and a fit does not depend
+    on the units that parameters are written in.
+
+    **Arguments:**
+
+    - `tx`: the transformation.
+    - `loss_unit`: the unit of the loss, such as `brainunit.mvolt**2`. Defaults to none.
+    - `scale`: a dict `{path: scale}`, of what is a typical size of the parameter at that
+        path: a Quantity of its dimension, or a number for one without a unit. Defaults to
+        one of the unit in which the parameter is written, and then the fit does depend on
+        that unit.
+
+    **Returns:**
+
+    An `optax.GradientTransformationExtraArgs`. Its `update` takes gradients with units, as
+    `vector_grad(..., unit_aware=True)` gives them, and returns updates in the unit of each
+    parameter, for [`vgrad_eqx.apply_updates`][]. It converts the extra arguments `value`,
+    `grad` and `value_fn`, so that line searches work, and passes others on. All units are
+    checked while it is traced, which leaves nothing in the compiled program.
+
+    **Raises:**
+
+    - `TypeError`: if `loss_unit` is no unit.
+    - `ValueError`: on `init`, for a scale at an unknown path; on `update`, for a gradient or
+        a parameter at a path that was not there on `init`.
+    - `brainunit.UnitMismatchError`: on `init`, for a scale of another dimension than its
+        parameter; on `update`, for a gradient that is not in the unit of the loss over that
+        of the parameter, or a parameter whose unit is another one than on `init`.
+
+    **Example:**
+
+        >>> import brainunit as u, jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> params = {"tau": jnp.array(20.0) * u.ms}
+        >>> loss = lambda params: (params["tau"] - 30.0 * u.ms) ** 2
+        >>> tx = vg.unitful(optax.sgd(0.25), loss_unit=u.ms**2)
+        >>> opt_state = tx.init(params)
+        >>> grads = vg.vector_grad(loss, "tau", unit_aware=True)(params)
+        >>> updates, opt_state = tx.update(grads, opt_state, params)
+        >>> vg.apply_updates(params, updates)["tau"]
+        Quantity(25., "ms")
+    """
+    inner = optax.with_extra_args_support(tx)
+    scaling = _Scaling(
+        parse_unit(loss_unit, "unitful(loss_unit=...)"), dict({} if scale is None else scale)
+    )
+
+    def init(params: Any) -> Any:
+        flat = FlatTree(params)
+        units = {
+            name: split_unit(leaf)[1]
+            for name, leaf in zip(flat.names, flat.leaves, strict=True)
+        }
+        scaling.check(flat, units)
+        inner_state = inner.init(scaling.shrink_params(params, units))
+        return UnitfulState(inner_state, _Units(tuple(units.items())))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        units = dict(state.units.by_path)
+        if params is not None:
+            params = scaling.shrink_params(params, units)
+        extra_args = scaling.shrink_extra_args(extra_args, units)
+        updates, inner_state = inner.update(
+            scaling.shrink_grads(updates, units), state.inner_state, params, **extra_args
+        )
+        return scaling.grow(updates, units), UnitfulState(inner_state, state.units)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Scaling:
+    """The way from quantities to pure numbers and back. Units are given by path."""
+
+    def __init__(self, loss_unit: Any, scale: dict[str, Any]):
+        self._loss_unit = loss_unit
+        self._scale = scale
+
+    def check(self, flat: FlatTree, units: dict[str, Any]) -> None:
+        for name, scale in self._scale.items():
+            if name not in units:
+                raise ValueError(
+                    "`unitful(scale=...)` must name paths of the parameters. Got "
+                    f"`{name}`. {near_misses(name, flat)}"
+                )
+            text = f"`unitful(scale=...)` at `{name}` must have the dimension of the parameter."
+            find_factors([units[name], split_unit(scale)[1]], text, ["parameter", "scale"])
+
+    def shrink_params(self, params: Any, units: dict[str, Any]) -> Any:
+        def shrink(name: str, leaf: Any) -> Any:
+            number, unit = split_unit(leaf)
+            if unit != _find_unit(name, units):
+                raise_mismatch(
+                    f"`unitful(...)` needs the parameter at `{name}` in the unit that it had "
+                    "on `init`. Make another state by `init`",
+                    units[name],
+                    unit,
+                )
+            return _divide(number, self._find_scale(name, unit))
+
+        return _map(shrink, params)
+
+    def shrink_grads(self, grads: Any, units: dict[str, Any]) -> Any:
+        def shrink(name: str, leaf: Any) -> Any:
+            number, unit = split_unit(leaf)
+            expected = find_quotient(self._loss_unit, _find_unit(name, units))
+            factor = find_factor(unit, expected)
+            if factor is None:
+                raise_mismatch(_explain(name, unit, units[name]), expected, unit)
+            return _multiply(_multiply(number, factor), self._find_scale(name, units[name]))
+
+        return _map(shrink, grads)
+
+    def grow(self, tree: Any, units: dict[str, Any]) -> Any:
+        def grow(name: str, leaf: Any) -> Any:
+            number = _multiply(leaf, self._find_scale(name, units[name]))
+            return attach_unit(number, units[name])
+
+        return _map(grow, tree)
+
+    def shrink_extra_args(self, extra_args: dict[str, Any], units: dict[str, Any]) -> Any:
+        """Those that line searches take, as pure numbers. The others are passed on."""
+        shrunk = dict(extra_args)
+        if extra_args.get("value") is not None:
+            shrunk["value"] = self._shrink_value(extra_args["value"])
+        if extra_args.get("grad") is not None:
+            shrunk["grad"] = self.shrink_grads(extra_args["grad"], units)
+        if extra_args.get("value_fn") is not None:
+            value_fn = extra_args["value_fn"]
+
+            def shrunk_value_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+                return self._shrink_value(value_fn(self.grow(params, units), *args, **kwargs))
+
+            shrunk["value_fn"] = shrunk_value_fn
+        return shrunk
+
+    def _shrink_value(self, value: Any) -> Any:
+        number, unit = split_unit(value)
+        text = "`unitful(loss_unit=...)` must have the dimension of the loss."
+        _, factor = find_factors([self._loss_unit, unit], text, ["loss_unit", "loss"])
+        return _multiply(number, factor)
+
+    def _find_scale(self, name: str, unit: Any) -> Any:
+        """The scale of a parameter, as a number in the unit of the parameter."""
+        if name not in self._scale:
+            return 1.0
+        number, scale_unit = split_unit(self._scale[name])
+        factor = find_factor(scale_unit, unit)
+        assert factor is not None
+        return number * factor
+
+
+def _map(func: Callable[[str, Any], Any], tree: Any) -> Any:
+    flat = FlatTree(tree)
+    return flat.unflatten(list(map(func, flat.names, flat.leaves)))
+
+
+def _find_unit(name: str, units: dict[str, Any]) -> Any:
+    if name not in units:
+        known = ", ".join(f"`{path}`" for path in units)
+        raise ValueError(
+            "`unitful(...)` needs gradients and parameters of the structure that the "
+            f"parameters had on `init`. Got one at `{name}`, beside {known}."
+        )
+    return units[name]
+
+
+def _explain(name: str, unit: Any, param_unit: Any) -> str:
+    text = (
+        f"`unitful(...)` needs the gradient at `{name}` in the unit of the loss over that of "
+        "the parameter. Got "
+    )
+    if unit is None:
+        return f"{text}one without a unit. Differentiate with `unit_aware=True`"
+    if find_factor(unit, param_unit) is not None:
+        return (
+            f"{text}one in the unit of the parameter, as `jax.grad` makes it. Differentiate by "
+            "`vg.vector_grad(..., unit_aware=True)`"
+        )
+    return f"{text}another one. Check `loss_unit`"
+
+
+def _multiply(number: Any, factor: Any) -> Any:
+    """The product, in the dtype of the number. Nothing is done for a factor of one."""
+    if isinstance(factor, float) and factor == 1.0:
+        return number
+    return jnp.asarray(number * factor, jnp.result_type(number))
+
+
+def _divide(number: Any, factor: Any) -> Any:
+    if isinstance(factor, float) and factor == 1.0:
+        return number
+    return jnp.asarray(number / factor, jnp.result_type(number))

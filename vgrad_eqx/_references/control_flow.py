@@ -1,0 +1,117 @@
+"""Equations with jaxprs in them, such as loops, over values instead of references."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core.primitives import cond_p, jit_p, remat_p, scan_p, while_p
+
+from .._tree.flat import put
+
+
+# Takes the values of all references and the other inputs, with `None` in the places of the
+# references. Returns the outputs, and the values of the references that are written.
+Pure = Callable[[Sequence[Any], Sequence[Any]], tuple[list[Any], list[Any]]]
+
+
+# Which reference each input is, or `None` for another input.
+Slots = tuple[int | None, ...]
+
+
+class Inner(NamedTuple):
+    """An equation of which some inputs are references."""
+
+    params: dict[str, Any]
+    slots: Slots
+    written: Sequence[int]
+    purify: Callable[[Any, Slots, Sequence[int]], Pure]
+
+    def pure(self, jaxpr: Any, slots: Slots) -> Pure:
+        return self.purify(jaxpr, slots, self.written)
+
+    def update(self, states: Sequence[Any], finals: Sequence[Any]) -> list[Any]:
+        return put(states, self.written, finals)
+
+
+def _call(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    pure = inner.pure(inner.params["jaxpr"], inner.slots)
+    outputs, finals = pure(states, _constrain(inputs, inner.params["in_shardings"]))
+    return _constrain(outputs, inner.params["out_shardings"]), finals
+
+
+def _constrain(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+    return [
+        jax.lax.with_sharding_constraint(value, sharding)
+        if isinstance(sharding, jax.sharding.Sharding) and value is not None
+        else value
+        for value, sharding in zip(values, shardings, strict=True)
+    ]
+
+
+def _checkpoint(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    pure = inner.pure(inner.params["jaxpr"], inner.slots)
+    options = {name: inner.params[name] for name in ("policy", "prevent_cse")}
+    return jax.checkpoint(pure, **options)(states, inputs)
+
+
+def _switch(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    branches = [inner.pure(branch, inner.slots[1:]) for branch in inner.params["branches"]]
+    return jax.lax.switch(inputs[0], branches, states, inputs[1:])
+
+
+def _scan(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    pure = inner.pure(inner.params["jaxpr"], inner.slots)
+    num_consts, num_carry = _count_scan(inner.params)
+    consts, rest = inputs[:num_consts], inputs[num_consts:]
+
+    def body(carry: Any, xs: Any) -> Any:
+        values, finals = carry
+        outputs, finals = pure(inner.update(states, finals), [*consts, *values, *xs])
+        return (outputs[:num_carry], finals), outputs[num_carry:]
+
+    options = {name: inner.params[name] for name in ("length", "reverse", "unroll")}
+    init = (list(rest[:num_carry]), [states[i] for i in inner.written])
+    (values, finals), ys = jax.lax.scan(body, init, list(rest[num_carry:]), **options)
+    return [*values, *ys], finals
+
+
+def _count_scan(params: dict[str, Any]) -> tuple[int, int]:
+    """The numbers of constants and of carried values."""
+    if "ft_in" in params:  # since JAX 0.12
+        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+        return num_consts, num_carry
+    return params["num_consts"], params["num_carry"]
+
+
+def _while(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    num_cond, num_body = inner.params["cond_nconsts"], inner.params["body_nconsts"]
+    num_consts = num_cond + num_body
+    slots = inner.slots
+    keep_on = inner.pure(inner.params["cond_jaxpr"], (*slots[:num_cond], *slots[num_consts:]))
+    step = inner.pure(inner.params["body_jaxpr"], slots[num_cond:])
+
+    def cond(carry: Any) -> Any:
+        values, finals = carry
+        outputs, _ = keep_on(inner.update(states, finals), [*inputs[:num_cond], *values])
+        return outputs[0]
+
+    def body(carry: Any) -> Any:
+        values, finals = carry
+        args = [*inputs[num_cond:num_consts], *values]
+        return step(inner.update(states, finals), args)
+
+    init = (list(inputs[num_consts:]), [states[i] for i in inner.written])
+    return jax.lax.while_loop(cond, body, init)
+
+
+_rules = {jit_p: _call, remat_p: _checkpoint, cond_p: _switch, scan_p: _scan, while_p: _while}
+
+
+def find_rule(eqn: Any, slots: Slots) -> Any:
+    """The way to evaluate an equation with values, or `None` if it needs references."""
+    # What a scan carries or goes through has to be a reference if it is one.
+    if eqn.primitive is scan_p:
+        num_consts, _ = _count_scan(eqn.params)
+        if any(slot is not None for slot in slots[num_consts:]):
+            return None
+    return _rules.get(eqn.primitive)

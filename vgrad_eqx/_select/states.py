@@ -1,0 +1,205 @@
+"""The chosen leaves of a pytree as a flat dict, and back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from .._tree.flat import near_misses
+from .._tree.flatten import flatten
+from .._tree.units import attach_unit, find_factors, scale_number, split_unit
+from .kinds import as_selector
+from .resolve import select, select_any
+
+
+def states(tree: Any, selector: Any = True) -> dict[str, Any]:
+    """The leaves of a pytree that a selector chooses, by their dotted path.
+
+    They are inexact arrays, or else states by reference, [`vgrad_eqx.State`][]: what
+    `grad_states` takes.
+
+    **Arguments:**
+
+    - `tree`: any pytree, such as an Equinox module.
+    - `selector`: which of its leaves are meant: a path such as `"layers.*.weight"`, one of
+        [`vgrad_eqx.path`][], [`vgrad_eqx.instance`][], [`vgrad_eqx.at`][] and
+        [`vgrad_eqx.leaf`][], or an Equinox filter spec. Defaults to all.
+
+    **Returns:**
+
+    A flat dict `{path: leaf}` in leaf order, of inexact arrays, and of Quantities as they are.
+    Integers, PRNG keys, functions and bare Python numbers are never in it. Any optax
+    transformation takes it as its parameters, Quantities inside of [`vgrad_eqx.unitful`][].
+    Where the selector chooses states by reference, `{path: State}`.
+
+    **Raises:**
+
+    - `TypeError`: if `selector` is none of these.
+    - `ValueError`: if `selector` chooses no inexact array and no state, or both, or if two of
+        them have one dotted path.
+
+    **Example:**
+
+        >>> import equinox as eqx, jax
+        >>> import vgrad_eqx as vg
+        >>> mlp = eqx.nn.MLP(2, 1, 8, 1, key=jax.random.key(0))
+        >>> {path: leaf.shape for path, leaf in vg.states(mlp, "**.bias").items()}
+        {'layers.0.bias': (8,), 'layers.1.bias': (1,)}
+    """
+    flat = flatten(tree)
+    indices, names = select_any(flat, as_selector(selector), "states(selector=...)")
+    return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
+
+
+def replace_states(tree: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of a pytree with other values at some of its leaves.
+
+    The inverse of [`vgrad_eqx.states`][]. `__init__` and `__check_init__` of a module are
+    not called again.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+    - `values`: a dict `{path: value}`, each value of the shape and dtype of the leaf
+        that it replaces. A Quantity is converted to the unit of its leaf. Leaves without a
+        value stay as they are.
+
+    **Returns:**
+
+    A pytree of the structure of `tree`.
+
+    **Raises:**
+
+    - `TypeError`: if `values` is no dict.
+    - `ValueError`: if a path names no inexact array of `tree`, or a value has another
+        shape or dtype than its leaf. Nothing is replaced then.
+    - `brainunit.UnitMismatchError`: if a value has another dimension than its leaf.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import vgrad_eqx as vg
+        >>> tree = {"a": jnp.zeros(2), "b": jnp.ones(2)}
+        >>> vg.replace_states(tree, {"a": jnp.full(2, 7.0)})["a"].tolist()
+        [7.0, 7.0]
+    """
+    return _merge(tree, values, "replace_states(values=...)", _replace)
+
+
+def apply_updates(tree: Any, updates: Any) -> Any:
+    """A copy of a pytree with updates added to some of its leaves.
+
+    The twin of `optax.apply_updates` for the updates that an optax transformation makes of
+    `{path: gradient}`.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+    - `updates`: a dict `{path: update}`, each update of the shape of its leaf. A Quantity is
+        converted to the unit of its leaf. Leaves without an update stay as they are.
+
+    **Returns:**
+
+    A pytree of the structure of `tree`. Every leaf keeps its dtype: a bfloat16 leaf stays
+    bfloat16 under a float32 update.
+
+    **Raises:**
+
+    - `TypeError`: if `updates` is no dict.
+    - `ValueError`: if a path names no inexact array of `tree`, or an update has another
+        shape than its leaf, is not inexact, or is complex where the leaf is real.
+        Nothing is updated then.
+    - `brainunit.UnitMismatchError`: if an update has another dimension than its leaf.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> tree = {"a": jnp.ones(2), "b": jnp.ones(2)}
+        >>> tx = optax.sgd(0.5)
+        >>> grads = {"a": jnp.ones(2)}
+        >>> updates, _ = tx.update(grads, tx.init(grads))
+        >>> vg.apply_updates(tree, updates)["a"].tolist()
+        [0.5, 0.5]
+    """
+    return _merge(tree, updates, "apply_updates(updates=...)", add)
+
+
+def _merge(
+    tree: Any,
+    values: Mapping[str, Any],
+    caller: str,
+    merge_leaf: Callable[[Any, Any, str], Any],
+) -> Any:
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"`{caller}` must be a dict from dotted path to array. "
+            f"Got {eqx.tree_pformat(values)}."
+        )
+    if not values:
+        return tree
+    flat = flatten(tree)
+    by_reference = [flat.names[i] for i in flat.references if flat.names[i] in values]
+    if by_reference:
+        raise ValueError(
+            f"`{caller}` must name inexact arrays of the `{type(tree).__name__}`. Got "
+            f"`{by_reference[0]}`, a state by reference. Set its `value` instead."
+        )
+    indices, names = select(flat, as_selector(True), caller)
+    positions = dict(zip(names, indices, strict=True))
+    merged = list(flat.leaves)
+    for name, value in values.items():
+        if name not in positions:
+            raise ValueError(
+                f"`{caller}` must name inexact arrays of the `{type(tree).__name__}`. Got "
+                f"`{name}`. {near_misses(str(name), flat)}"
+            )
+        i = positions[name]
+        merged[i] = merge_leaf(merged[i], value, f"`{caller}` at `{name}`")
+    return flat.unflatten(merged)
+
+
+def _replace(leaf: Any, value: Any, where: str) -> Any:
+    old, unit = split_unit(leaf)
+    new, new_unit = split_unit(value)
+    if not eqx.is_array_like(new) or not (hasattr(new, "dtype") or new_unit is not None):
+        raise ValueError(f"{where} must be an array. Got {eqx.tree_pformat(value)}.")
+    new = _convert(new, new_unit, unit, where)
+    # `result_type`, because without x64 a NumPy leaf of float64 is float32 to JAX.
+    if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(old):
+        raise ValueError(
+            f"{where} must have the shape and dtype of the leaf, "
+            f"{eqx.tree_pformat(leaf)}. Got {eqx.tree_pformat(value)}."
+        )
+    return attach_unit(new, unit)
+
+
+def add(leaf: Any, update: Any, where: str) -> Any:
+    """The sum, in the dtype and the unit of the leaf."""
+    if update is None:
+        raise ValueError(f"{where} must be an array. Got None. Leave the path out instead.")
+    old, unit = split_unit(leaf)
+    new, new_unit = split_unit(update)
+    dtype = jnp.result_type(new) if eqx.is_array_like(new) else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(f"{where} must be an inexact array. Got {eqx.tree_pformat(update)}.")
+    if jnp.shape(new) != jnp.shape(old):
+        raise ValueError(
+            f"{where} must have the shape of the leaf, {eqx.tree_pformat(leaf)}. "
+            f"Got {eqx.tree_pformat(update)}."
+        )
+    if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old):
+        raise ValueError(
+            f"{where} must be real, as the leaf {eqx.tree_pformat(leaf)} is. "
+            f"Got {eqx.tree_pformat(update)}."
+        )
+    new = _convert(new, new_unit, unit, where)
+    return attach_unit(jnp.asarray(old + new, jnp.result_type(old)), unit)
+
+
+def _convert(number: Any, unit: Any, to: Any, where: str) -> Any:
+    """The number in another unit of the same dimension."""
+    text = f"{where} must have the dimension of the leaf."
+    _, factor = find_factors([to, unit], text, ["leaf", "value"])
+    return scale_number(number, factor)

@@ -1,0 +1,75 @@
+"""The mean gradient of several parts of a batch, one after the other."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+
+from .._tree.units import attach_unit, split_unit
+
+
+class Result(NamedTuple):
+    """The gradients, the output and the auxiliary data of a part, and what it carries on."""
+
+    grads: list[Any]
+    value: Any
+    aux: Any
+    nn_state: Any
+
+
+# Takes what is carried on, a key or `None`, and a batch.
+Part = Callable[[Any, Any, Sequence[Any]], Result]
+
+
+def accumulate(
+    part: Part,
+    params: Sequence[Any],
+    num_parts: int,
+    nn_state: Any,
+    key: Any,
+    batch: Sequence[Any],
+) -> Result:
+    """Differentiates part by part. Outputs and auxiliary data are stacked."""
+    if num_parts == 1:
+        return part(nn_state, key, batch)
+    check_leading_axis(batch, num_parts, "accumulate")
+    keys = None if key is None else jr.split(key, num_parts)
+    units: list[Any] = []
+
+    def body(carry: Any, xs: Any) -> Any:
+        sums, nn_state = carry
+        result = part(nn_state, *xs)
+        pairs = list(map(split_unit, result.grads))
+        units[:] = [unit for _, unit in pairs]
+        sums = [total + number for total, (number, _) in zip(sums, pairs, strict=True)]
+        return (sums, result.nn_state), (result.value, result.aux)
+
+    zeros = [_make_zeros(split_unit(param)[0]) for param in params]
+    (sums, nn_state), (values, aux) = jax.lax.scan(
+        body, (zeros, nn_state), (keys, batch), length=num_parts
+    )
+    dtypes = [jnp.result_type(split_unit(param)[0]) for param in params]
+    means = [
+        jnp.asarray(total / num_parts, dtype) for total, dtype in zip(sums, dtypes, strict=True)
+    ]
+    return Result(list(map(attach_unit, means, units)), values, aux, nn_state)
+
+
+def _make_zeros(number: Any) -> Any:
+    """Zeros to add gradients to, which would lose digits in less than float32."""
+    dtype = jnp.promote_types(jnp.result_type(number), jnp.float32)
+    return jnp.zeros(jnp.shape(number), dtype)
+
+
+def check_leading_axis(batch: Any, length: int, option: str) -> None:
+    for leaf in jtu.tree_leaves(batch):
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != length:
+            raise ValueError(
+                f"`train_step({option}={length})` takes a batch in which the first axis of "
+                f"each array has the length {length}. Got {eqx.tree_pformat(leaf)}. Reshape "
+                "it, or stack the batches by `jnp.stack`."
+            )

@@ -1,0 +1,60 @@
+"""How arrays lie on several devices, and derived ones like them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from .flat import is_any_traced
+
+
+def lay_out_like(arrays: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+    """Asks the compiler to lay out each array as the leaf of its shape and dtype.
+
+    While it is traced, a leaf does not tell on which devices it will be, unless its axes are
+    explicit, and then JAX keeps them for its gradient. So the two are tied together: compilers
+    lay out alike what an elementwise operation takes and gives, and remove one that always
+    chooses the same side.
+    """
+    if not is_any_traced(leaves) or not _may_be_sharded():
+        return list(arrays)
+    # Not `lax.select`, which is removed before the layout is chosen.
+    return [jnp.where(False, leaf, array) for array, leaf in zip(arrays, leaves, strict=True)]
+
+
+def _may_be_sharded() -> bool:
+    return jax.device_count() > 1 and _is_automatic(jax.sharding.get_abstract_mesh())
+
+
+def _is_automatic(mesh: Any) -> bool:
+    return all(kind is AxisType.Auto for kind in mesh.axis_types)
+
+
+def spread(arrays: Sequence[Any], others: Sequence[Any] = ()) -> list[Any]:
+    """Puts arrays on one device on all those of the rest, if there is one on several."""
+    shardings = [getattr(array, "sharding", None) for array in (*arrays, *others)]
+    for sharding in shardings:
+        if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
+            everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+            return [
+                jax.device_put(array, everywhere) if array.sharding.num_devices == 1 else array
+                for array in arrays
+            ]
+    return list(arrays)
+
+
+def find_sharding(array: Any) -> NamedSharding | None:
+    """The sharding of an array that JAX would not keep by itself."""
+    sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
+        return None
+    return sharding if _is_automatic(sharding.mesh) else None
+
+
+def constrain(arrays: Sequence[Any], shardings: Sequence[NamedSharding | None]) -> list[Any]:
+    return [
+        array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+        for array, sharding in zip(arrays, shardings, strict=True)
+    ]
