@@ -7,7 +7,7 @@ import optax
 import pytest
 
 # The class is not public: an optimizer compares by it.
-from vgrad_eqx._optimizers.fingerprint import Alike
+from vgrad_eqx._optimizers.fingerprint import Fingerprinted
 
 
 MAKERS = {
@@ -23,9 +23,9 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 def test_alike_if_made_by_the_same_code_with_the_same_constants(make):
-    assert Alike(make(0.1)) == Alike(make(0.1))
-    assert hash(Alike(make(0.1))) == hash(Alike(make(0.1)))
-    assert Alike(make(0.1)) != Alike(make(0.2))
+    assert Fingerprinted(make(0.1)) == Fingerprinted(make(0.1))
+    assert hash(Fingerprinted(make(0.1))) == hash(Fingerprinted(make(0.1)))
+    assert Fingerprinted(make(0.1)) != Fingerprinted(make(0.2))
 
 
 DIFFERENT = {
@@ -43,17 +43,17 @@ DIFFERENT = {
 @pytest.mark.parametrize("pair", DIFFERENT.values(), ids=DIFFERENT.keys())
 def test_not_alike(pair):
     left, right = pair
-    assert Alike(left) != Alike(right)
-    assert Alike(left) == Alike(left)
+    assert Fingerprinted(left) != Fingerprinted(right)
+    assert Fingerprinted(left) == Fingerprinted(left)
 
 
 def test_arrays_are_alike_only_if_they_are_the_same():
 
     array = jnp.ones(2)
-    assert Alike(lambda: array) != Alike(lambda: jnp.ones(2))
+    assert Fingerprinted(lambda: array) != Fingerprinted(lambda: jnp.ones(2))
     make = lambda array: lambda: array
-    assert Alike(make(array)) == Alike(make(array))
-    assert Alike(make(array)) != Alike(make(jnp.ones(2)))
+    assert Fingerprinted(make(array)) == Fingerprinted(make(array))
+    assert Fingerprinted(make(array)) != Fingerprinted(make(jnp.ones(2)))
 
 
 def test_a_function_may_refer_to_itself():
@@ -63,5 +63,5 @@ def test_a_function_may_refer_to_itself():
 
         return count
 
-    assert Alike(make()) == Alike(make())
-    assert Alike(1) != 1
+    assert Fingerprinted(make()) == Fingerprinted(make())
+    assert Fingerprinted(1) != 1

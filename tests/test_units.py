@@ -70,14 +70,48 @@ def test_gradient_is_that_of_the_same_function_in_si_units(func, units, seed):
         assert tree_allclose(si(out), value, rtol=1e-4, atol=1e-4)
 
 
+def mantissas(tree):
+    return jax.tree.map(u.get_mantissa, tree, is_leaf=lambda node: isinstance(node, u.Quantity))
+
+
 @hypothesis.given(units, seeds)
 @pytest.mark.parametrize("func", FUNCS.values(), ids=FUNCS.keys())
-def test_without_units_it_is_the_numbers_of_the_same_result(func, units, seed):
-    numbers = np.random.default_rng(seed).uniform(0.5, 2.0, (2, 2))
-    p, c = (write(jnp.asarray(x), unit) for x, unit in zip(numbers, units, strict=True))
-    bare = vector_grad(func, argnums=[0, 1])(p, c)
-    aware = vector_grad(func, argnums=[0, 1], unit_aware=True)(p, c)
-    assert tree_allclose(bare, tuple(map(u.get_mantissa, aware)))
+def test_without_units_it_is_the_derivative_of_mantissas_by_mantissas(func, units, seed):
+    p, c = jnp.asarray(np.random.default_rng(seed).uniform(0.5, 2.0, (2, 2)))
+    outputs, pull_back = jax.vjp(
+        lambda p, c: mantissas(func(p * units[0], c * units[1])), p, c
+    )
+    expected = pull_back(jax.tree.map(jnp.ones_like, outputs))
+    transform = vector_grad(func, argnums=[0, 1])
+    written = jax.tree.leaves(
+        func(p * units[0], c * units[1]), is_leaf=lambda node: isinstance(node, u.Quantity)
+    )
+    if len({u.get_unit(each).magnitude for each in written}) > 1:
+        with pytest.raises(u.UnitMismatchError, match="adds up bare numbers, so all outputs"):
+            transform(p * units[0], c * units[1])
+    else:
+        assert tree_allclose(transform(p * units[0], c * units[1]), expected)
+
+
+def test_a_change_of_unit_has_the_factor_of_its_numbers():
+    volts = jnp.array([1.0, 2.0]) * u.volt
+    to_mvolt = lambda v: v.in_unit(u.mvolt)
+    assert tree_allclose(vector_grad(to_mvolt)(volts), jnp.full(2, 1000.0))
+    assert tree_allclose(vg.jacrev(to_mvolt)(volts), 1000.0 * jnp.eye(2))
+    assert tree_allclose(vg.elementwise_grad(to_mvolt)(volts), jnp.full(2, 1000.0))
+    theirs = saiunit.autograd.vector_grad(to_mvolt, unit_aware=False)(volts)
+    assert tree_allclose(jnp.asarray(u.get_mantissa(theirs)), jnp.full(2, 1000.0))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_outputs_in_several_units_are_refused_without_units(compiled):
+    func = lambda v: (v, v.in_unit(u.mvolt))
+    transform = vector_grad(func)
+    match = r"`vector_grad\(unit_aware=False\)` adds up bare numbers.*`0` in V, `1` in mV"
+    with pytest.raises(u.UnitMismatchError, match=match):
+        (jax.jit(transform) if compiled else transform)(jnp.ones(2) * u.volt)
+    rows = vg.jacrev(func)(jnp.ones(2) * u.volt)
+    assert tree_allclose(rows, (jnp.eye(2), 1000.0 * jnp.eye(2)))
 
 
 @hypothesis.given(units, seeds)
@@ -122,9 +156,9 @@ def test_units_of_gradients():
 
 def test_gradient_without_dimension_is_an_array():
     voltage = jnp.ones(2) * u.mvolt
+    grad = vector_grad(lambda v: v.in_unit(u.volt), unit_aware=True)(voltage)
+    assert tree_allclose(grad, jnp.ones(2))
     for unit_aware in (False, True):
-        grad = vector_grad(lambda v: v.in_unit(u.volt), unit_aware=unit_aware)(voltage)
-        assert tree_allclose(grad, jnp.ones(2))
         grad = vector_grad(lambda v: v / u.volt, unit_aware=unit_aware)(voltage)
         assert isinstance(grad, jax.Array) is not unit_aware
     angle = jnp.array([30.0]) * u.degree
@@ -153,7 +187,8 @@ def test_values_are_given_back_as_they_were_written():
     def func(v):
         return v, v.in_unit(u.volt), 3
 
-    _, (first, second, third) = vector_grad(func, return_value=True)(jnp.ones(2) * u.mvolt)
+    transform = vector_grad(func, return_value=True, unit_aware=True)
+    _, (first, second, third) = transform(jnp.ones(2) * u.mvolt)
     assert u.get_unit(first) == u.mvolt
     assert u.get_unit(second) == u.volt
     assert third == 3

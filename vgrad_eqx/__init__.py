@@ -6,10 +6,10 @@ from ._checkpoints.checkpoint import load as load
 from ._checkpoints.checkpoint import save as save
 from ._gradients.elementwise import elementwise_grad as elementwise_grad
 from ._gradients.engine import GradientTransform as GradientTransform
-from ._gradients.jacobians import hessian as hessian
-from ._gradients.jacobians import jacfwd as jacfwd
-from ._gradients.jacobians import jacrev as jacrev
 from ._gradients.operators import grad as grad
+from ._gradients.operators import hessian as hessian
+from ._gradients.operators import jacfwd as jacfwd
+from ._gradients.operators import jacrev as jacrev
 from ._gradients.operators import vector_grad as vector_grad
 from ._jit.jit import jit as jit
 from ._optimizers.norms import grad_norms as grad_norms
@@ -26,9 +26,9 @@ from ._select.states import replace_states as replace_states
 from ._select.states import states as states
 from ._select.summary import summary as summary
 from ._training.plan import Metrics as Metrics
-from ._training.step import TrainStep as TrainStep
 from ._training.train_state import TrainState as TrainState
 from ._training.train_step import train_step as train_step
+from ._training.train_step import TrainStep as TrainStep
 from ._tree.state import State as State
 
 

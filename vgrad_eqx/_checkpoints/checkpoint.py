@@ -170,7 +170,7 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
     for index, (name, leaf) in enumerate(zip(flat.names, flat.leaves, strict=True)):
         inner = {name: leaf}
         if isinstance(leaf, State):
-            value = FlatTree(jtu.tree_unflatten(leaf.structure, leaf.leaves))
+            value = FlatTree(leaf.content.combine())
             names = [f"{name}.{each}".strip(".") for each in value.names]
             inner = {
                 each: inner_leaf

@@ -1,256 +1,354 @@
-"""One call of a function that is differentiated, and the way it goes: directly, or traced."""
+"""A call of `func` as a function of numbers: where they stand in its arguments and its output.
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+The user's pytrees stop here. What JAX differentiates takes and returns flat lists of arrays, in
+which a Quantity is its number.
+"""
+
+import dataclasses
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._references.trace import describe_call, Trace, trace
-from .._select.resolve import shorten
-from .._tree.cache import Memory
-from .._tree.flat import is_any_traced
-from .._tree.state import read, write
-from .._tree.units import attach_unit, divide_units, find_quotient, scale_number, split_unit
-from .cotangent import parse_cotangent
-from .inputs import ArgPart, Part, RefPart, StatePart
-from .outputs import Output, split_output
-from .rules import Context, Operator
+from .._references.values import StateValues
+from .._select.grad_states import GradStates
+from .._select.selectors import select
+from .._tree.flat import FlatTree, is_scalar, Rest
+from .._tree.units import split_units
 
 
-# Calls that touch no state by reference, and of which all selected leaves matter.
-_known = Memory()
-
-_LOOKS_AT_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.NonConcreteBooleanIndexError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
+Func = Callable[..., Any]
 
 
 class Call:
-    """A function with its arguments, as a function of the values to differentiate by."""
-
-    output: Output
-    cotangent_unit: Any = None
+    """One call of `func`, as a function of the numbers by which it is differentiated."""
 
     def __init__(
         self,
-        operator: Operator,
-        cotangent: Any,
-        func: Callable[..., Any],
+        name: str,
+        func: Func,
+        grad_states: GradStates | None,
+        argnums: int | tuple[int, ...] | None,
         has_aux: bool | None,
-        states: StatePart | RefPart | None,
-        arg_parts: Sequence[ArgPart],
-        many_args: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ):
-        self._operator = operator
-        self._name = operator.name
-        self._cotangent = cotangent
+        self._name = name
         self._func = func
         self._has_aux = has_aux
-        self._states = states
-        self._many_args = many_args
-        self._parts: list[Part] = [*([] if states is None else [states]), *arg_parts]
         self._args = args
         self._kwargs = kwargs
-        leaves = [split_unit(leaf) for part in self._parts for leaf in part.diff]
-        self._diff = [number for number, _ in leaves]
-        self._units = [unit for _, unit in leaves]
-        self._finals: list[tuple[jax.Ref, Any]] = []
+        self.states = None
+        if grad_states is not None:
+            caller = f"{name}(grad_states=...)"
+            if grad_states.by_reference:
+                self.states = StateValues(grad_states, caller)
+            else:
+                self.states = _SelectedLeaves(func, args, grad_states, caller)
+        elif not args:
+            raise TypeError(
+                f"`{name}` differentiates positional arguments of `func`. Got none. Pass the "
+                "argument by position, not by keyword."
+            )
+        if argnums is None:
+            argnums = () if grad_states is not None else 0
+        self._is_one_arg = not isinstance(argnums, tuple)
+        caller = f"{name}(argnums=...)"
+        positions = _find_positions(argnums, len(args), self.states, caller)
+        inputs = [] if self.states is None else [self.states]
+        self._inputs = [*inputs, *[_Argument(args, i, caller) for i in positions]]
+        self._spans: list[slice] = []
+        self.diff: list[Any] = []
+        for each in self._inputs:
+            start = len(self.diff)
+            self.diff += each.diff
+            self._spans.append(slice(start, len(self.diff)))
+
+    def __call__(self, *diff: Any) -> tuple[tuple[Any, ...], "Output"]:
+        """The numbers in the output of `func` that are differentiated, and the rest of it."""
+        func, args = self._func, list(self._args)
+        for each, span in zip(self._inputs, self._spans, strict=True):
+            func = each.insert(func, args, diff[span])
+        value = func(*args, **self._kwargs)
+        if not self._has_aux:
+            return split_output(value, None, self._name)
+        return split_output(*_split_pair(value, self._name), self._name)
 
     @property
     def names(self) -> list[str]:
-        return [name for part in self._parts for name in part.names]
+        """The paths of what is differentiated."""
+        return [name for each in self._inputs for name in each.names]
 
-    def differentiate(self, check_states: bool) -> tuple[Any, Any, Any]:
-        """Does what the rule does, and checks before. States are not written yet."""
-        checked = check_states and self._states is not None
-        description = self._describe(checked)
-        if description is not None and description in _known:
-            return self._apply(self._run, self._diff)
-        if description is not None and not check_states and is_any_traced(self._diff):
-            result = self._differentiate_whole()
-            if result is not None:
-                _known[description] = True
-                return result
-        # `func` is called only once: what was traced is replayed, and JAX differentiates that.
-        traced = trace(self._run, self._diff)
-        by_reference = isinstance(self._states, RefPart) or bool(traced.refs)
-        if traced.error is not None and by_reference:
-            self._raise(traced.error)
-        if traced.error is None and checked:
-            self._check(traced)
-        if description is not None and not by_reference:
-            _known[description] = True
-        if traced.error is not None:
-            del traced  # its error holds tracers
-            return self._apply(self._run, self._diff)
-        diff_out, grads, (arrays, finals) = self._apply(
-            self._make_replay(traced), self._diff, is_replay=True
+    @property
+    def selected(self) -> list[str]:
+        """The paths of the selected leaves, which come first."""
+        return self.states.names if isinstance(self.states, _SelectedLeaves) else []
+
+    @property
+    def units(self) -> list[Any]:
+        return [unit for each in self._inputs for unit in each.units or [None] * len(each.diff)]
+
+    def arrange(self, grads: Sequence[Any]) -> Any:
+        """The derivatives as the user is to see them: by the states, the arguments, or both."""
+        pairs = zip(self._inputs, self._spans, strict=True)
+        arranged = [each.arrange(grads[span]) for each, span in pairs]
+        return self._join(arranged, self.states is not None)
+
+    def arrange_second(self, rows: Sequence[Sequence[Any]]) -> Any:
+        """The derivatives of derivatives. Those by one state and one argument are left out."""
+        pairs = list(zip(self._inputs, self._spans, strict=True))
+        arranged = []
+        for part, span in pairs:
+            is_state = part is self.states
+            by = [pair for pair in pairs if (pair[0] is self.states) == is_state]
+            entries = [
+                self._join([each.arrange(row[place]) for each, place in by], is_state)
+                for row in rows[span]
+            ]
+            arranged.append(part.arrange(entries))
+        return self._join(arranged, self.states is not None)
+
+    def _join(self, arranged: list[Any], has_states: bool) -> Any:
+        var_grads, arg_grads = arranged[:has_states], arranged[has_states:]
+        if arg_grads and not self._is_one_arg:
+            arg_grads = [tuple(arg_grads)]
+        results = [*var_grads, *arg_grads]
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+class _Argument:
+    """An argument, of which every inexact array is differentiated."""
+
+    def __init__(self, args: Sequence[Any], position: int, caller: str):
+        self._position = position
+        self._flat = flat = FlatTree(args[position])
+        indices = [0] if is_scalar(flat.tree) else flat.differentiable
+        if not indices:
+            raise TypeError(
+                f"`{caller}` must name an argument with an inexact array in it, or "
+                f"a float. Got argument {position}: {eqx.tree_pformat(flat.tree)}, in which "
+                f"nothing can be differentiated. {_explain_conversion(flat)}"
+            )
+        self._split = flat.split(indices)
+        self.diff, self.units = self._split.diff, self._split.rest.units
+
+    @property
+    def names(self) -> list[str]:
+        names = [self._flat.names[i] for i in self._split.rest.indices]
+        return [f"args[{self._position}]" + (name and f".{name}") for name in names]
+
+    def insert(self, func: Func, args: list[Any], diff: Sequence[Any]) -> Func:
+        """Puts these numbers into `args`. Returns the function to call."""
+        args[self._position] = self._split.rest.combine(diff)
+        return func
+
+    def arrange(self, grads: Sequence[Any]) -> Any:
+        """The gradients in the structure of the argument."""
+        return self._split.rest.arrange(grads)
+
+
+class _SelectedLeaves:
+    """The state tree, of which the selected leaves are differentiated."""
+
+    def __init__(self, func: Func, args: Sequence[Any], grad_states: GradStates, caller: str):
+        self._grad_states = grad_states
+        self._owner = _find_owner(func)
+        self.in_args = self._owner is None
+        if self.in_args and not args:
+            raise TypeError(
+                f"`{caller}` selects leaves of the first positional argument of `func`. "
+                "Got no positional argument."
+            )
+        self._flat = flat = FlatTree(args[0] if self._owner is None else self._owner.tree)
+        self._selections = [select(flat, each, caller) for each in grad_states.entries]
+        indices = dict.fromkeys([i for each in self._selections for i in each.indices])
+        self._split = flat.split(list(indices))
+        self.diff, self.units = self._split.diff, self._split.rest.units
+
+    @property
+    def names(self) -> list[str]:
+        return [self._flat.names[i] for i in self._split.rest.indices]
+
+    def insert(self, func: Func, args: list[Any], diff: Sequence[Any]) -> Func:
+        tree = self._split.rest.combine(diff)
+        if self._owner is not None:
+            return self._owner.rebuild(tree)
+        args[0] = tree
+        return func
+
+    def arrange(self, grads: Sequence[Any]) -> Any:
+        """The gradients by path, in the structure of `grad_states`."""
+        if len(self._selections) == 1:
+            dicts = [dict(zip(self._selections[0].names, grads, strict=True))]
+        else:
+            by_index = dict(zip(self._split.rest.indices, grads, strict=True))
+            dicts = [
+                {name: by_index[i] for i, name in zip(*selection, strict=True)}
+                for selection in self._selections
+            ]
+        return self._grad_states.unflatten(dicts)
+
+
+def _explain_conversion(flat: FlatTree) -> str:
+    if split_units(flat.leaves)[1] is not None:
+        return "Make the number in the Quantity a float, say by `1.0 * x`."
+    return "Convert numbers by `jnp.asarray(x, float)`."
+
+
+def _find_positions(
+    argnums: int | tuple[int, ...], num_args: int, states: Any, caller: str
+) -> list[int]:
+    """The arguments that `argnums` names, counted from the start."""
+    positions: list[int] = []
+    for argnum in argnums if isinstance(argnums, tuple) else (argnums,):
+        position = argnum + num_args if argnum < 0 else argnum
+        if not 0 <= position < num_args:
+            raise ValueError(
+                f"`{caller}` must name a positional argument. Got {argnum} in a call with "
+                f"{num_args} of them. Keyword arguments are not differentiated."
+            )
+        if position in positions:
+            raise ValueError(
+                f"`{caller}` must not name an argument twice. Got {argnums} in a call with "
+                f"{num_args} positional arguments."
+            )
+        if states is not None and states.in_args and position == 0:
+            raise ValueError(
+                f"`{caller}` must not name the argument that `grad_states` selects from. "
+                f"Got {argnum}, the first argument. Its gradients come with `grad_states`."
+            )
+        positions.append(position)
+    return positions
+
+
+class _Owner(NamedTuple):
+    """A state tree inside a function, and the same function around another tree."""
+
+    tree: Any
+    rebuild: Callable[[Any], Func]
+
+
+def _find_owner(func: Func) -> _Owner | None:
+    """The state tree that `func` brings along, or `None` if it must be passed."""
+    owner = getattr(func, "__self__", None)
+    if isinstance(owner, eqx.Module):
+        method: Any = func
+        return _Owner(owner, lambda tree: type(method)(method.__func__, tree))
+    if not isinstance(func, eqx.Module):
+        return None
+    if isinstance(func, eqx.Partial):
+        return _find_in_partial(func)
+    if hasattr(func, "__wrapped__"):
+        return _find_in_wrapper(func)
+    return _Owner(func, lambda tree: tree)
+
+
+def _find_in_partial(func: eqx.Partial) -> _Owner | None:
+    # A bound method of a decorated function is one, such as of `eqx.filter_jit`.
+    args, keywords = func.args, func.keywords
+    inner = _find_owner(func.func)
+    if inner is not None:
+        return _Owner(
+            inner.tree, lambda tree: eqx.Partial(inner.rebuild(tree), *args, **keywords)
         )
-        self._finals = list(zip(traced.written, finals, strict=True))
-        return diff_out, grads, arrays
+    if args:
+        return _Owner(args[0], lambda tree: eqx.Partial(func.func, tree, *args[1:], **keywords))
+    return None
 
-    def _differentiate_whole(self) -> Any:
-        """Traces the gradient at once, or gives `None` where `func` has to be looked at before.
 
-        That is where it uses references, which are among the effects, and where it fails.
-        """
-        whole = jax.jit(lambda *diff: self._apply(self._run, diff))
-        try:
-            if whole.trace(*self._diff).jaxpr.effects:
-                return None
-        except Exception:
-            return None
-        return whole(*self._diff)  # as it was traced
+def _find_in_wrapper(func: Any) -> _Owner | None:
+    wrapped = func.__wrapped__
+    inner = _find_owner(wrapped)
+    if inner is None:
+        return None
 
-    def write_states(self) -> None:
-        """Gives the states by reference the values that `func` has left in them."""
-        for ref, final in self._finals:
-            write(ref, final, "A state that `func` sets")
+    def is_wrapped(node: Any) -> bool:
+        return node is wrapped
 
-    def _apply(
-        self, func: Callable[..., Any], diff: Sequence[Any], is_replay: bool = False
-    ) -> tuple[Any, Any, Any]:
-        def seed(value: Sequence[Any], arrays: Any) -> Sequence[Any]:
-            """The cotangents of the outputs, which are ones if nothing else is given."""
-            if self._cotangent is None:
-                return tuple(map(jnp.ones_like, value))
-            output, _ = self.output.join(value, arrays[0] if is_replay else arrays)
-            given = parse_cotangent(self._cotangent, output, self.output, self._name)
-            numbers, self.cotangent_unit = given
-            return numbers
-
-        return self._operator.rule(func, diff, Context(self.names, seed))
-
-    def collect(self, grads: Any, unit_aware: bool) -> list[Any]:
-        """The derivatives by each part, as the user is to see them."""
-        if self._operator.adds_up:
-            unit = self.output.units[0] if self._cotangent is None else self.cotangent_unit
-            return self._collect_row(grads, unit, unit_aware)
-        rows = [
-            self._collect_row(row, unit, unit_aware)
-            for row, unit in zip(grads, self.output.units, strict=True)
-        ]
-        return [self.output.fill(entries) for entries in zip(*rows, strict=True)]
-
-    def _collect_row(self, row: Sequence[Any], unit: Any, unit_aware: bool) -> list[Any]:
-        """The derivatives of one output, or of the sum of all."""
-        if self._operator.order == 1:
-            grads = self._attach_units(row, unit, unit_aware)
-            return [part.collect(values) for part, values in self._share(grads)]
-        units = [find_quotient(unit, by) for by in self._units]
-        pairs = list(zip(row, units, strict=True))
-        return [
-            part.collect([self._collect_second(part, pair, unit_aware) for pair in values])
-            for part, values in self._share(pairs)
-        ]
-
-    def _collect_second(
-        self, part: Part, derivative: tuple[Sequence[Any], Any], unit_aware: bool
-    ) -> Any:
-        """The derivatives of one derivative, in its unit, by the same part."""
-        row, unit = derivative
-        grads = self._attach_units(row, unit, unit_aware)
-        collected = [(each, each.collect(values)) for each, values in self._share(grads)]
-        if part is self._states:
-            return collected[0][1]
-        entries = [entry for each, entry in collected if each is not self._states]
-        return tuple(entries) if self._many_args else entries[0]
-
-    def _attach_units(self, row: Sequence[Any], unit: Any, unit_aware: bool) -> list[Any]:
-        grads = []
-        for number, by in zip(row, self._units, strict=True):
-            quotient = unit
-            for _ in range(1, self._operator.power):
-                quotient = find_quotient(quotient, by)
-            factor, quotient = divide_units(quotient, by)
-            number = scale_number(number, factor)
-            grads.append(attach_unit(number, quotient) if unit_aware else number)
-        return grads
-
-    def name_blocks(self, grads: Any) -> tuple[list[Any], list[str]]:
-        """All derivatives, and the path by which each of them is."""
-        rows = [grads] if self._operator.adds_up else grads
-        pairs = [pair for row in rows for pair in zip(row, self.names, strict=True)]
-        flat = [(array, name) for block, name in pairs for array in jtu.tree_leaves(block)]
-        return [array for array, _ in flat], [name for _, name in flat]
-
-    def _run(self, *diff: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The inexact leaves of the output, and all its other arrays."""
-        func, args = self._func, list(self._args)
-        for part, values in self._share(list(map(attach_unit, diff, self._units))):
-            func = part.insert(func, args, values)
-        value, aux = func(*args, **self._kwargs), None
-        if self._has_aux:
-            value, aux = _split_pair(value, self._name)
-        adds_up = self._operator.adds_up and self._cotangent is None
-        diff_out, arrays, self.output = split_output(value, aux, self._name, adds_up)
-        return diff_out, arrays
-
-    def _share(self, values: Sequence[Any]) -> Iterator[tuple[Part, Sequence[Any]]]:
-        start = 0
-        for part in self._parts:
-            stop = start + len(part.diff)
-            yield part, values[start:stop]
-            start = stop
-
-    def _make_replay(self, traced: Trace) -> Callable[..., Any]:
-        """The function again, which returns what it leaves in states as well."""
-        trained = self._states.refs if isinstance(self._states, RefPart) else {}
-        others = {id(ref): read(ref) for ref in traced.refs if id(ref) not in trained}
-
-        def replay(*diff: Any) -> tuple[Any, tuple[Any, list[Any]]]:
-            values = {**others, **dict(zip(trained, diff, strict=False))}
-            (diff_out, arrays), finals = traced.call(diff, values)
-            return diff_out, (arrays, finals)
-
-        return replay
-
-    def _describe(self, checked: bool) -> Any:
-        if isinstance(self._states, RefPart):
-            return None
-        described = describe_call(self._func, self._args, self._kwargs)
-        selected = () if self._states is None else tuple(self._states.indices)
-        return described and (described, selected, self._has_aux, checked)
-
-    def _check(self, traced: Trace) -> None:
-        """Refuses states that do not matter."""
-        if isinstance(self._states, RefPart):
-            untouched = self._states.find_untouched(traced.refs)
-            if untouched:
-                raise ValueError(
-                    f"`{self._name}(grad_states=...)` must name states that `func` reads. It "
-                    f"does not touch {'; '.join(untouched)}. Leave them out, or pass "
-                    "`check_states=False` to get zeros."
-                )
-        elif self._states is not None:
-            if traced.written:  # what only reaches a state does not reach the output
-                traced = trace(self._make_replay(traced), self._diff)
-            unused = traced.find_unused(len(self.output.places))
-            names = [f"`{name}`" for i, name in enumerate(self._states.names) if i in unused]
-            if names:
-                raise ValueError(
-                    f"`{self._name}(grad_states=...)` must select leaves on which the output "
-                    f"of `func` depends. It does not depend on {shorten(names)}. Narrow the "
-                    "selector, or pass `check_states=False` to get zeros."
-                )
-
-    def _raise(self, error: Exception) -> NoReturn:
-        if not isinstance(error, _LOOKS_AT_VALUES):
-            raise error
+    if not any(map(is_wrapped, jtu.tree_leaves(func, is_leaf=is_wrapped))):
         raise TypeError(
-            f"`{self._name}` traces `func`, because it uses states by reference. So `func` "
-            "cannot decide by the value of an array, as `if`, `bool`, `int`, `float` and NumPy "
-            "do. Use `jnp.where`, `jax.lax.cond` or `jax.lax.while_loop`, or decide by a "
-            "Python number that is passed as an argument."
-        ) from error
+            f"Leaves of `{type(wrapped).__name__}` cannot be selected inside of {func!r}, "
+            "which does not hold it as a part of its pytree. Wrap the gradient instead, "
+            "say as `eqx.filter_jit(vg.vector_grad(model, ...))`."
+        )
+
+    def rebuild(tree: Any) -> Any:
+        new = inner.rebuild(tree)
+        return jtu.tree_map(
+            lambda node: new if is_wrapped(node) else node, func, is_leaf=is_wrapped
+        )
+
+    return _Owner(inner.tree, rebuild)
+
+
+@ft.partial(
+    jtu.register_dataclass, data_fields=["arrays", "finals"], meta_fields=["rest", "names"]
+)
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """An output and its auxiliary data, without the numbers that are differentiated.
+
+    To JAX it is a pytree of the other arrays. What a function over references leaves in them
+    comes along as `finals`.
+    """
+
+    arrays: Sequence[Any]
+    finals: Sequence[Any]
+    rest: Rest
+    names: Sequence[str]  # of all leaves of the output, if there are several to differentiate
+
+    @property
+    def num_diff(self) -> int:
+        return len(self.rest.indices) - len(self.arrays)
+
+    @property
+    def units(self) -> list[Any]:
+        """The units of the numbers that are differentiated."""
+        return [*(self.rest.units or [None] * self.num_diff)][: self.num_diff]
+
+    @property
+    def diff_names(self) -> list[str]:
+        return [self.names[i] for i in self.rest.indices[: self.num_diff]]
+
+    @property
+    def structure(self) -> Any:
+        """The structure of the output alone."""
+        return self.rest.structure.children()[0]
+
+    def combine(self, numbers: Sequence[Any]) -> tuple[Any, Any]:
+        """The output and the auxiliary data."""
+        return self.rest.combine([*numbers, *self.arrays])
+
+    def arrange(self, entries: Sequence[Any]) -> Any:
+        """An entry in the place of each differentiated leaf, and `None` in the others."""
+        indices = self.rest.indices[: self.num_diff]
+        return Rest(self.structure, (), indices, None).arrange(entries)
+
+    def replace(self, finals: Sequence[Any]) -> Self:
+        return dataclasses.replace(self, finals=finals)
+
+
+def split_output(value: Any, aux: Any, name: str) -> tuple[tuple[Any, ...], Output]:
+    """The inexact leaves of `value`, and what remains."""
+    flat = FlatTree(value)
+    scalars = [i for i, leaf in enumerate(flat.leaves) if is_scalar(leaf)]
+    diff = sorted([*flat.differentiable, *scalars]) if scalars else flat.differentiable
+    if not diff:
+        raise TypeError(
+            f"`{name}(func=...)` must return an inexact array or a float, or a pytree with "
+            f"one in it. Got {eqx.tree_pformat(value)}, in which nothing can be "
+            "differentiated."
+        )
+    whole = FlatTree((value, aux))
+    numbers, _ = split_units(whole.leaves)
+    chosen = set(diff)
+    arrays = [i for i, x in enumerate(numbers) if i not in chosen and eqx.is_array(x)]
+    parts = whole.split([*diff, *arrays])
+    names = tuple(flat.names) if len(diff) > 1 else ("",) * len(flat.leaves)
+    output = Output(parts.diff[len(diff) :], (), parts.rest, names)
+    return tuple(parts.diff[: len(diff)]), output
 
 
 def _split_pair(out: Any, name: str) -> tuple[Any, Any]:

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .._tree.flat import put
+from .._tree.flat import replace_at
 from .._tree.missing import MISSING
-from .engine import make_transform
-from .finite import name_shapes
-from .rules import Context, Operator
+from .._tree.text import name_shapes
+from .engine import Context, make_transform, Operator, Row
 
 
 def elementwise_grad(
@@ -82,20 +81,14 @@ gradient of the sum, `jacrev` for all derivatives, or `check=False`.
 
     **Source:** the exactness of powers of two is that of IEEE 754.
     """
+    options = locals()
+    del options["order"], options["check"]
     if isinstance(order, bool) or not isinstance(order, int):
         raise TypeError(f"`elementwise_grad(order=...)` must be an int. Got {order!r}.")
     if order < 1:
         raise ValueError(f"`elementwise_grad(order=...)` must be at least 1. Got {order}.")
     return make_transform(
-        Operator("elementwise_grad", _Elementwise(order, check), power=order),
-        func,
-        grad_states=grad_states,
-        argnums=argnums,
-        return_value=return_value,
-        has_aux=has_aux,
-        unit_aware=unit_aware,
-        check_states=check_states,
-        debug_nan=debug_nan,
+        Operator("elementwise_grad", _Elementwise(order, check), power=order), **options
     )
 
 
@@ -113,31 +106,37 @@ class _Elementwise:
     def _pull_back(
         self, func: Callable[..., Any], diff: Sequence[Any], context: Context
     ) -> Any:
-        value, pull, arrays = jax.vjp(func, *diff, has_aux=True)
-        _check_shapes(value, diff, context)
+        numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
+        _check_shapes(numbers, diff, context)
+        context.check(pull)
+        names = context.names()
         rows = []
-        for i, output in enumerate(value):
-            vectors = self._make_vectors(output, [output, *diff])
+        for i, (number, unit) in enumerate(zip(numbers, output.units, strict=True)):
+            vectors = self._make_vectors(number, [number, *diff])
 
             def pull_one(vector: Array, i: int = i) -> Any:
-                return pull(tuple(put(list(map(jnp.zeros_like, value)), [i], [vector])))
+                zeros = list(map(jnp.zeros_like, numbers))
+                return pull(tuple(replace_at(zeros, [i], [vector])))
 
             products = zip(*map(pull_one, vectors), strict=True)
-            named = zip(products, context.names, strict=True)
-            rows.append([self._take([(each, vectors)], name) for each, name in named])
-        return value, rows, arrays
+            named = zip(products, names, strict=True)
+            grads = [self._take([(each, vectors)], name) for each, name in named]
+            rows.append(Row(grads, unit))
+        return numbers, output, rows
 
     def _push_forward(
         self, func: Callable[..., Any], diff: Sequence[Any], context: Context
     ) -> Any:
-        value, arrays = func(*diff)
-        _check_shapes(value, diff, context)
+        numbers, push, output = jax.linearize(func, *diff, has_aux=True)
+        _check_shapes(numbers, diff, context)
+        context.check(push)
+        names = context.names()
         columns = []
         for i, leaf in enumerate(diff):
-            vectors = self._make_vectors(leaf, [leaf, *value])
+            vectors = self._make_vectors(leaf, [leaf, *numbers])
 
             def push_one(vector: Array, i: int = i, leaf: Any = leaf) -> Any:
-                derivative = lambda leaf: func(*put(diff, [i], [leaf]))[0]
+                derivative = lambda leaf: func(*replace_at(diff, [i], [leaf]))[0]
                 first = derivative = _push(derivative, vector)
                 for _ in range(1, self.order):
                     derivative = _push(derivative, vector)
@@ -149,11 +148,12 @@ class _Elementwise:
             pairs = zip(zip(*firsts, strict=True), zip(*lasts, strict=True), strict=True)
             columns.append(
                 [
-                    self._take([(first, vectors), (last, powers)], context.names[i])
+                    self._take([(first, vectors), (last, powers)], names[i])
                     for first, last in pairs
                 ]
             )
-        return value, list(zip(*columns, strict=True)), arrays
+        rows = zip(*columns, strict=True)
+        return numbers, output, list(map(Row, map(list, rows), output.units))
 
     def _take(
         self, products: Sequence[tuple[Sequence[Array], Sequence[Array]]], name: str
@@ -194,7 +194,7 @@ def _check_shapes(value: Sequence[Any], diff: Sequence[Any], context: Context) -
         if any(jnp.shape(output) != jnp.shape(leaf) for output in value):
             raise ValueError(
                 "`elementwise_grad(func=...)` must return outputs of the shape of "
-                f"`{context.names[i]}`, {name_shapes([leaf])}. Got {name_shapes(value)}. Use "
+                f"`{context.names()[i]}`, {name_shapes([leaf])}. Got {name_shapes(value)}. Use "
                 "`jacrev` for all derivatives, or `jax.vmap` for one of each row."
             )
 

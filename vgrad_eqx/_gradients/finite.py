@@ -2,9 +2,7 @@
 
 import functools as ft
 from collections.abc import Sequence
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -21,12 +19,6 @@ def raise_if_not_finite(grads: Sequence[Array], names: Sequence[str], caller: st
         jax.debug.callback(report, faults)
     else:
         report(faults)
-
-
-def name_shapes(arrays: Sequence[Any]) -> str:
-    """The dtypes and shapes of arrays, to be read."""
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
-    return ", ".join(eqx.tree_pformat(shape, struct_as_array=True) for shape in shapes)
 
 
 def _faults(grad: Array) -> Array:

@@ -1,7 +1,7 @@
 """A gradient compiled for one kind of arguments."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -10,11 +10,10 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._gradients.engine import GradientTransform
-from .._tree.flat import is_any_traced, is_scalar, put
-from .._tree.flatten import flatten, recall
+from .._tree.flat import is_any_traced, is_scalar, Split, split_arrays
 from .._tree.missing import MISSING
 from .._tree.state import is_reference
-from .reader import make_guard, make_reader
+from .reader import find_contents, make_guard, make_reader
 
 
 Inputs = tuple[Any, Any]  # the first argument taken apart, and the others
@@ -53,9 +52,10 @@ class Program:
     ):
         marked_first, *marked_rest = _mark_numbers(transform, [first, *rest])
         marked = (tuple(marked_rest), kwargs)
-        own, transform_frame = _split(transform)
-        _, first_frame = _split(marked_first)
-        _, rest_frame = _split(marked)
+        transform_split = split_arrays(transform, _is_array)
+        own, rebuild = transform_split.diff, transform_split.rest.combine
+        combine_first = split_arrays(marked_first, _is_array).rest.combine
+        combine_rest = split_arrays(marked, _is_array).rest.combine
         is_plain = not kwargs and _is_plain(marked)
         is_bare = not own and _is_plain(marked_first) and not _is_flat(first)
         num_own = len(own)
@@ -63,16 +63,16 @@ class Program:
         def run(leaves: Any, rest: Any) -> Any:
             if not is_exact:
                 _check(leaves, rest)
-            rest, kwargs = (rest, {}) if is_plain else rest_frame.fill(rest)
-            first = leaves if is_bare else first_frame.fill(leaves[num_own:])
+            rest, kwargs = (rest, {}) if is_plain else combine_rest(rest)
+            first = leaves if is_bare else combine_first(leaves[num_own:])
             args = rest if first is MISSING else (first, *rest)
-            out = transform_frame.fill([] if is_bare else leaves[:num_own])(*args, **kwargs)
-            arrays, frame = _split(out)
-            if len(arrays) == frame.structure.num_leaves:
+            out = rebuild([] if is_bare else leaves[:num_own])(*args, **kwargs)
+            out_split = split_arrays(out, _is_array)
+            if len(out_split.diff) == out_split.rest.structure.num_leaves:
                 return out
             if not is_exact:
                 raise Unlike
-            return _Output(arrays, frame)
+            return out_split
 
         run.__name__ = getattr(transform, "__name__", run.__name__)
         self.compiled = jax.jit(run, inline=True)
@@ -107,16 +107,15 @@ class Program:
 
     def _remember(self, module: eqx.Module, leaves: list[Any]) -> None:
         """Looks for this module first from now on. That takes as long as many calls."""
-        flatten(module)
-        known = recall(module)
-        if known is None or is_any_traced(leaves):
+        contents = find_contents(module)
+        if contents is None or is_any_traced(leaves):
             return
         watch = self._watch()
 
         def forget(_: Any) -> None:
             self.fetch = watch
 
-        self.fetch = make_guard(module, known.contents, leaves, watch, forget)
+        self.fetch = make_guard(module, contents, leaves, watch, forget)
 
     def read(self, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         """What the compiled function takes for these arguments, if it can."""
@@ -176,25 +175,6 @@ def _list_kinds(inputs: Inputs | None) -> list[type]:
     return list(map(type, jtu.tree_leaves(inputs)))
 
 
-class _Frame:
-    """A pytree without its arrays. For JAX, each is another one."""
-
-    def __init__(self, structure: Any, constants: Sequence[Any], places: Sequence[int]):
-        self.structure = structure
-        self.places = places
-        self._constants = constants
-
-    def fill(self, arrays: Sequence[Any]) -> Any:
-        return jtu.tree_unflatten(self.structure, put(self._constants, self.places, arrays))
-
-
-def _split(tree: Any) -> tuple[list[Any], _Frame]:
-    leaves, structure = jtu.tree_flatten(tree)
-    places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    constants = put(leaves, places, [None] * len(places))
-    return [leaves[i] for i in places], _Frame(structure, constants, places)
-
-
 def _mark_numbers(transform: GradientTransform, args: list[Any]) -> list[Any]:
     """The arguments, with an array for each Python number that is differentiated."""
     argnums: Any = transform.argnums
@@ -219,20 +199,6 @@ def _is_alike(kind: type, known: type) -> bool:
     return kind is known or (issubclass(kind, _ARRAYS) and issubclass(known, _ARRAYS))
 
 
-class _Output:
-    """What a compiled gradient returns, if there are not only arrays in it."""
-
-    def __init__(self, arrays: Sequence[Any], frame: _Frame):
-        self.arrays = arrays
-        self.frame = frame
-
-
-jtu.register_pytree_node(
-    _Output,
-    lambda output: (output.arrays, output.frame),
-    lambda frame, arrays: _Output(arrays, frame),
-)
-
-
 def unwrap(out: Any) -> Any:
-    return out.frame.fill(out.arrays) if isinstance(out, _Output) else out
+    """What the gradient has returned, if there are not only arrays in it."""
+    return out.combine() if isinstance(out, Split) else out

@@ -6,17 +6,22 @@ written for one structure does the same in a sixth of the time.
 """
 
 import dataclasses
+import functools as ft
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._tree.flatten import Contents
+from .._tree.cache import is_equal
+from .._tree.flat import split_arrays
 
+
+# The lists and dicts in a module, and what is in each of them.
+Contents = Sequence[tuple[Collection[Any], Sequence[Any]]]
 
 # Gives the dynamic leaves in leaf order, or `None` for a pytree of another kind.
 Reader = Callable[[Any], list[Any] | None]
@@ -51,6 +56,32 @@ def _make_dict_reader(tree: dict[Any, Any]) -> Reader:
             return None
 
     return read
+
+
+def find_contents(module: eqx.Module) -> Contents | None:
+    """What may change in a module: its lists and dicts. Or `None`, if more than that may.
+
+    Modules are immutable, but for their `__init__`.
+    """
+    nodes: list[Any] = []
+    leaves = jtu.tree_leaves(module, is_leaf=nodes.append)  # returns `None`: nothing is a leaf
+    node_types = set(map(type, nodes)) - set(map(type, leaves)) - {list, dict, type(None)}
+    is_immutable = all(issubclass(each, eqx.Module | tuple) for each in node_types)
+    if not is_immutable or not _is_initialized(module):
+        return None
+    mutable = [node for node in nodes if type(node) in (list, dict)]
+    values = [node.values() for node in mutable if type(node) is dict]
+    return [(each, list(each)) for each in [*mutable, *values]]
+
+
+def _is_initialized(module: eqx.Module) -> bool:
+    for key, value in vars(module).items():
+        try:
+            setattr(module, key, value)
+        except dataclasses.FrozenInstanceError:
+            return True
+        return False
+    return True
 
 
 def make_guard(
@@ -93,7 +124,11 @@ class _Writer:
         self._lines: list[str] = []
         self._indent = 2 * "    "
         self._names = map("x{}".format, itertools.count())
-        self._objects: dict[str, Any] = {"get_fields": _get_fields, "start": start}
+        self._objects: dict[str, Any] = {
+            "get_fields": _get_fields,
+            "is_equal": is_equal,
+            "start": start,
+        }
 
     def compile(self) -> Reader:
         source = [
@@ -124,16 +159,16 @@ class _Writer:
             self._write_sequence(node, name)
         elif not jtu.all_leaves([node]):
             part = next(self._names)
-            known = _Kind.of(node, self._is_dynamic)
-            self._write(f"{part} = {self._refer(known)}.read({name})")
+            known = _describe(node, self._is_dynamic)
+            read = ft.partial(_read_like, known, self._is_dynamic)
+            self._write(f"{part} = {self._refer(read)}({name})")
             self._refuse(f"{part} is None")
             self._write(f"leaves += {part}")
         elif self._is_dynamic(node):
             self._write(f"leaves.append({name})")
         else:
             held = self._refer(node)
-            differs = f"type({name}) is not {self._refer(kind)} or {name} != {held}"
-            self._refuse(f"{name} is not {held} and ({differs})")
+            self._refuse(f"{name} is not {held} and not is_equal({name}, {held})")
 
     def _write_module(self, module: eqx.Module, name: str) -> None:
         # Beside its fields, a module holds what `eqx.module_update_wrapper` gave it.
@@ -158,7 +193,7 @@ class _Writer:
         else:
             held = self._refer(constant)
             self._write(f"{value} = {source}")
-            self._refuse(f"{value} is not {held} and {value} != {held}")
+            self._refuse(f"{value} is not {held} and not is_equal({value}, {held})")
 
     def _write_items(self, items: dict[Any, Any], keys: Sequence[Any], name: str) -> None:
         """Reads values of a dict: several leaves at once, and other nodes one by one."""
@@ -188,10 +223,10 @@ class _Writer:
 
     def _find_runs(self, nodes: Sequence[Any]) -> Iterator[tuple[int, int]]:
         """Where nodes of one kind begin and end."""
-        kinds = [_Kind.of(node, self._is_dynamic) for node in nodes]
+        kinds = [_describe(node, self._is_dynamic) for node in nodes]
         start = 0
         for stop in range(1, len(nodes) + 1):
-            if stop == len(nodes) or kinds[stop] != kinds[start]:
+            if stop == len(nodes) or not is_equal(kinds[stop], kinds[start]):
                 yield start, stop
                 start = stop
 
@@ -211,22 +246,14 @@ class _Writer:
         return name
 
 
-class _Kind(NamedTuple):
-    """What a pytree is apart from its dynamic leaves."""
+def _describe(node: Any, is_dynamic: IsDynamic) -> tuple[Any, ...]:
+    """What a pytree is apart from its dynamic leaves, to be compared."""
+    rest = split_arrays(node, is_dynamic).rest
+    return rest.structure, rest.indices, [(type(leaf), leaf) for leaf in rest.constants]
 
-    structure: Any
-    is_dynamic: IsDynamic
-    constants: Sequence[tuple[type, Any] | None]
 
-    @classmethod
-    def of(cls, node: Any, is_dynamic: IsDynamic) -> "_Kind":
-        leaves, structure = jtu.tree_flatten(node)
-        constants = [None if is_dynamic(leaf) else (type(leaf), leaf) for leaf in leaves]
-        return cls(structure, is_dynamic, constants)
-
-    def read(self, node: Any) -> list[Any] | None:
-        """The dynamic leaves of a node of this kind, whatever its type."""
-        if _Kind.of(node, self.is_dynamic) != self:
-            return None
-        pairs = zip(jtu.tree_leaves(node), self.constants, strict=True)
-        return [leaf for leaf, constant in pairs if constant is None]
+def _read_like(known: tuple[Any, ...], is_dynamic: IsDynamic, node: Any) -> list[Any] | None:
+    """The dynamic leaves of a node of this description, whatever its type."""
+    if not is_equal(_describe(node, is_dynamic), known):
+        return None
+    return list(split_arrays(node, is_dynamic).diff)

@@ -1,15 +1,16 @@
-"""Functions that are recognized by what they do rather than by their identity."""
+"""Functions that are compared by their contents rather than by their identity."""
 
 import functools as ft
 import types
 from typing import Any
 
 
-class Alike:
+class Fingerprinted:
     """A value that equals another one made of the same code with the same constants.
 
     Each call of, say, `optax.adam(1e-3)` makes new functions, and to JAX a static value with
-    other functions is another program. These are equal, so nothing is traced again.
+    other functions is another program. These are equal, so nothing is traced again. A value
+    that has changed since it was made, say a list in a closure, equals itself alone.
     """
 
     def __init__(self, value: Any):
@@ -18,15 +19,24 @@ class Alike:
         self._hash = hash(self._print)
 
     def __eq__(self, other: Any) -> bool:
-        if not isinstance(other, Alike):
+        if not isinstance(other, Fingerprinted):
             return NotImplemented
-        return self.value is other.value or self._print == other._print
+        if self is other or self.value is other.value:
+            return True
+        try:
+            return self._print == other._print and all(map(_is_unchanged, (self, other)))
+        except Exception:  # of the `==` of a constant
+            return False
 
     def __hash__(self) -> int:
         return self._hash
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+def _is_unchanged(fingerprinted: Fingerprinted) -> bool:
+    return _fingerprint(fingerprinted.value, {}) == fingerprinted._print  # noqa: SLF001
 
 
 class _Same:
@@ -54,7 +64,7 @@ def _fingerprint(value: Any, seen: dict[int, int]) -> Any:
         return type(value), repr(value)  # -0.0 is not 0.0, and a NaN is itself
     try:
         hash(value)
-    except TypeError:  # such as an array
+    except Exception:  # an array, or a class with a `__hash__` that raises
         return _Same(value)
     return type(value), value
 

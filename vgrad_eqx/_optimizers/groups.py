@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 
-from .._select.kinds import as_selector
-from .._select.resolve import select, Selection
+from .._select.selectors import as_selector, select, Selection
 from .._tree.flat import FlatTree
-from .fingerprint import Alike
+from .fingerprint import Fingerprinted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Group:
     """A transformation, and the paths of the parameters that it updates."""
 
     names: tuple[str, ...]
-    tx: Alike
+    tx: Fingerprinted
 
     def pick(self, by_path: Mapping[str, Any]) -> dict[str, Any]:
         return {name: by_path[name] for name in self.names}
@@ -182,7 +181,7 @@ def make_groups(tx: Any, flat: FlatTree, chosen: Selection, caller: str) -> Grou
     """Assigns each chosen leaf to the one transformation, or to that of its group."""
     check_tx(tx, caller)
     if not isinstance(tx, dict):
-        return Groups(None, (Group(chosen.names, Alike(tx)),))
+        return Groups(None, (Group(chosen.names, Fingerprinted(tx)),))
     labels = _make_labels(list(tx))
     homes: dict[str, str] = {}
     groups = []
@@ -202,7 +201,7 @@ def make_groups(tx: Any, flat: FlatTree, chosen: Selection, caller: str) -> Grou
                     "`a & ~b`."
                 )
             homes[name] = label
-        groups.append(Group(names, Alike(group_tx)))
+        groups.append(Group(names, Fingerprinted(group_tx)))
     homeless = [f"`{name}`" for name in chosen.names if name not in homes]
     if homeless:
         raise ValueError(

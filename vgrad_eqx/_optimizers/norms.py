@@ -36,13 +36,14 @@ def grad_norms(var_grads: Any) -> dict[str, Any]:
         {'a': 5.0, 'b': 0.0}
     """
     flat = FlatTree(var_grads)
-    flat.check_names()
+    flat.check_names(flat.differentiable)
     if not flat.differentiable:
         raise ValueError(
             "`grad_norms(var_grads=...)` must hold inexact arrays. Got a "
             f"`{type(var_grads).__name__}` without one."
         )
-    return {flat.names[i]: _norm(flat.leaves[i]) for i in flat.differentiable}
+    norms = {flat.names[i]: _norm(flat.leaves[i]) for i in flat.differentiable}
+    return dict(sorted(norms.items()))
 
 
 def _norm(grad: Any) -> Any:

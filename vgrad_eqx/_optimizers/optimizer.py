@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 
-from .._select.kinds import as_selector
-from .._select.resolve import select
+from .._select.selectors import as_selector, select
 from .._select.states import add
-from .._tree.flat import FlatTree, near_misses, put
-from .._tree.flatten import flatten
+from .._tree.flat import FlatTree, replace_at
+from .._tree.text import near_misses
 from .._tree.units import attach_unit, split_unit
-from .fingerprint import Alike
+from .fingerprint import Fingerprinted
 from .groups import Groups, make_groups, precompose
 from .unitful import UnitfulState
 
@@ -65,14 +64,14 @@ class Optimizer(eqx.Module):
 
     opt_state: Any
     count: jax.Array
-    tx: Alike = eqx.field(static=True)
+    tx: Fingerprinted = eqx.field(static=True)
     groups: Groups = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, tx: Any, model: Any, selector: Any = True):
-        flat = flatten(model)
+        flat = FlatTree(model)
         chosen = select(flat, as_selector(selector), "Optimizer(selector=...)")
-        self.tx = Alike(tx)
+        self.tx = Fingerprinted(tx)
         self.names = chosen.names
         self.groups = make_groups(tx, flat, chosen, "Optimizer(tx=...)")
         params = {name: flat.leaves[i] for i, name in zip(*chosen, strict=True)}
@@ -82,7 +81,7 @@ class Optimizer(eqx.Module):
 
     def params(self, model: Any) -> dict[str, Any]:
         """The leaves of a module that are updated, by their path."""
-        flat = flatten(model)
+        flat = FlatTree(model)
         indices = _find(flat, self.names)
         return {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
 
@@ -117,7 +116,7 @@ class Optimizer(eqx.Module):
     def advance(
         self, model: Any, var_grads: Any, extra_args: dict[str, Any], caller: str
     ) -> tuple[Any, "Optimizer"]:
-        flat = flatten(model)
+        flat = FlatTree(model)
         indices = _find(flat, self.names)
         params = {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
         with_units = _find_unitful(self.groups, self.opt_state)
@@ -129,7 +128,7 @@ class Optimizer(eqx.Module):
 
             def rebuild(params: dict[str, Any]) -> Any:
                 values = [params[name] for name in self.names]
-                return flat.unflatten(put(flat.leaves, indices, values))
+                return flat.unflatten(replace_at(flat.leaves, indices, values))
 
             extra_args["value_fn"] = precompose(extra_args["value_fn"], rebuild)
         try:
@@ -143,7 +142,7 @@ class Optimizer(eqx.Module):
         ]
         where = lambda opt: (opt.opt_state, opt.count)
         opt = eqx.tree_at(where, self, (opt_state, optax.safe_increment(self.count)))
-        return flat.unflatten(put(flat.leaves, indices, new)), opt
+        return flat.unflatten(replace_at(flat.leaves, indices, new)), opt
 
     def reselect(self, model: Any, selector: Any = True, tx: Any = None) -> "Optimizer":
         """Changes what is trained, and keeps what is known of the leaves that stay.

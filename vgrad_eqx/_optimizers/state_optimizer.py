@@ -8,8 +8,10 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._gradients.inputs import parse_grad_states, RefPart
 from .._references.trace import call_with
+from .._references.values import StateValues
+from .._select.grad_states import parse_grad_states
+from .._tree.flat import FlatTree
 from .._tree.sharding import spread
 from .._tree.state import State, write
 from .._tree.units import split_unit
@@ -58,18 +60,17 @@ class StateOptimizer(eqx.Module):
 
     def __init__(self, tx: Any, states: Any):
         self.states = states
-        part = self.split()
-        if len(set(part.names)) < len(part.names):
-            twice = max(part.names, key=part.names.count)
+        values = self.find_values()
+        if len(set(values.names)) < len(values.names):
+            twice = max(values.names, key=values.names.count)
             raise ValueError(
                 f"`StateOptimizer(states=...)` must have names that differ. Got `{twice}` "
                 "twice. Rename one of the keys."
             )
-        optimizer = Optimizer(tx, dict(zip(part.names, part.diff, strict=True)))
+        optimizer = Optimizer(tx, dict(zip(values.names, values.params, strict=True)))
         # A compiled function takes references on the same devices only.
         arrays, structure = jtu.tree_flatten(optimizer)
-        numbers = [split_unit(param)[0] for param in part.diff]
-        optimizer = jtu.tree_unflatten(structure, spread(arrays, numbers))
+        optimizer = jtu.tree_unflatten(structure, spread(arrays, values.diff))
         self.memory = State(optimizer, "the memory of an optimizer")
 
     @property
@@ -82,8 +83,8 @@ class StateOptimizer(eqx.Module):
 
     def params(self) -> dict[str, Any]:
         """The arrays that are updated, by the names of their states."""
-        part = self.split()
-        return dict(zip(part.names, part.diff, strict=True))
+        values = self.find_values()
+        return dict(zip(values.names, values.params, strict=True))
 
     def step(self, var_grads: Any, **extra_args: Any) -> None:
         """Updates the states along their gradients, in place.
@@ -102,25 +103,25 @@ class StateOptimizer(eqx.Module):
             another shape than its state. Nothing is updated then.
         """
         caller = "StateOptimizer.step"
-        part = self.split()
-        params = dict(zip(part.names, part.diff, strict=True))
-        grads = self._name(part, var_grads, f"{caller}(var_grads=...)")
+        values = self.find_values()
+        params = dict(zip(values.names, values.params, strict=True))
+        grads = self._name(values, var_grads, f"{caller}(var_grads=...)")
         if extra_args.get("grad") is not None:
-            extra_args["grad"] = self._name(part, extra_args["grad"], f"{caller}(grad=...)")
+            extra_args["grad"] = self._name(values, extra_args["grad"], f"{caller}(grad=...)")
         if extra_args.get("value_fn") is not None:
-            extra_args["value_fn"] = _over_params(extra_args["value_fn"], part)
+            extra_args["value_fn"] = _over_params(extra_args["value_fn"], values)
         params, optimizer = self.memory.value.advance(params, grads, extra_args, caller)
-        if jtu.tree_structure(optimizer) != self.memory.structure:
+        if FlatTree(optimizer).structure != self.memory.content.rest.structure:
             raise ValueError(
                 "`StateOptimizer(tx=...)` must be a transformation whose state keeps its "
                 "structure. Got one whose first step changes it, as that of `optax.monitor`. "
                 "Use `vg.Optimizer` for it."
             )
         self.memory.value = optimizer
-        for ref, name in zip(part.refs.values(), part.names, strict=True):
+        for ref, name in zip(values.refs.values(), values.names, strict=True):
             write(ref, split_unit(params[name])[0], f"The state `{name}`")
 
-    def split(self) -> RefPart:
+    def find_values(self) -> StateValues:
         """The references in the states, and their values."""
         caller = "StateOptimizer(states=...)"
         grad_states = parse_grad_states(self.states, caller)
@@ -130,11 +131,11 @@ class StateOptimizer(eqx.Module):
                 f"{eqx.tree_pformat(self.states)}. For the leaves of a module, use "
                 "`vg.Optimizer`."
             )
-        return RefPart(grad_states, caller)
+        return StateValues(grad_states, caller)
 
-    def _name(self, part: RefPart, grads: Any, caller: str) -> dict[str, Any]:
+    def _name(self, values: StateValues, grads: Any, caller: str) -> dict[str, Any]:
         try:
-            return dict(zip(part.names, part.list_gradients(grads), strict=True))
+            return dict(zip(values.names, values.list_gradients(grads), strict=True))
         except ValueError as error:
             raise ValueError(
                 f"`{caller}` must have the structure of the states, "
@@ -142,13 +143,13 @@ class StateOptimizer(eqx.Module):
             ) from error
 
 
-def _over_params(value_fn: Callable[..., Any], part: RefPart) -> Callable[..., Any]:
+def _over_params(value_fn: Callable[..., Any], values: StateValues) -> Callable[..., Any]:
     """The function of the values in the states, by name, instead of the states."""
 
     @ft.wraps(value_fn)  # optax reads the names of its arguments
     def evaluate(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        numbers = [split_unit(params[name])[0] for name in part.names]
-        values = dict(zip(part.refs, numbers, strict=True))
-        return call_with(value_fn, values, *args, **kwargs)
+        numbers = [split_unit(params[name])[0] for name in values.names]
+        by_id = dict(zip(values.refs, numbers, strict=True))
+        return call_with(value_fn, by_id, *args, **kwargs)
 
     return evaluate

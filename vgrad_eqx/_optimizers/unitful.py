@@ -7,7 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import optax
 
-from .._tree.flat import FlatTree, near_misses
+from .._tree.flat import FlatTree
+from .._tree.text import near_misses
 from .._tree.units import (
     attach_unit,
     find_factor,

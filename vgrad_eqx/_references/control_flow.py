@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core.primitives import cond_p, jit_p, remat_p, scan_p, while_p
 
-from .._tree.flat import put
+from .._tree.flat import replace_at
 
 
 # Takes the values of all references and the other inputs, with `None` in the places of the
@@ -30,7 +30,7 @@ class Inner(NamedTuple):
         return self.purify(jaxpr, slots, self.written)
 
     def update(self, states: Sequence[Any], finals: Sequence[Any]) -> list[Any]:
-        return put(states, self.written, finals)
+        return replace_at(states, self.written, finals)
 
 
 def _call(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:

@@ -18,7 +18,7 @@ from jax._src.state.discharge import discharge_state  # noqa: TID251
 from jax.extend.core import DebugInfo, DropVar, Jaxpr, jaxprs_in_params, Literal
 from jax.extend.core.primitives import get_p, jit_p, swap_p
 
-from .._tree.cache import Memory
+from .._tree.cache import Cache
 from .control_flow import find_rule, Inner, Pure, Slots
 
 
@@ -126,7 +126,7 @@ def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
     if rule is not None:
         inner = Inner(eqn.params, slots, written, _purify)
         more = (slots, written)
-        return _remember(eqn, more, lambda: _jit_rule(eqn, rule, inner), _loops)
+        return _remember(eqn, more, lambda: _jit_rule(eqn, rule, inner), _functions_of_loops)
     if any(True for _ in jaxprs_in_params(eqn.params)):
         return _use_references(eqn, slots, written)
     return _discharge(eqn, slots, written)
@@ -198,22 +198,22 @@ def _fill(slots: Slots, states: Sequence[Any], inputs: Sequence[Any]) -> list[An
 
 # Each occurrence of an operation is traced on its own. Inside of a jitted function, JAX
 # remembers how to differentiate it, which takes most of the time, and what it compiled.
-_functions = Memory(4096)
+_functions_of_equations = Cache(4096)
 # Those that have jaxprs in them keep a program each, and are seldom the same ones again.
-_loops = Memory(64)
+_functions_of_loops = Cache(64)
 
 
-def _remember(eqn: Any, more: Any, make: Callable[[], Any], memory: Memory = _functions) -> Any:
-    """Makes a function once for equations that are alike."""
+def _remember(
+    eqn: Any, more: Any, make: Callable[[], Any], cache: Cache = _functions_of_equations
+) -> Any:
+    """Makes a function once for equal equations."""
     dropped = tuple([isinstance(var, DropVar) for var in eqn.outvars])
     context = (eqn.ctx, eqn.source_info.name_stack)
     key = (eqn.primitive, tuple(eqn.params.items()), more, dropped, context)
-    try:
-        function = memory.get(key)
-    except TypeError:  # a parameter without a hash
-        return make()
+    function = cache.get(key)
     if function is None:
-        function = memory[key] = make()
+        function = make()
+        cache.set(key, function)
     return function
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._tree.flat import near_misses
-from .._tree.flatten import flatten
+from .._tree.flat import FlatTree
+from .._tree.state import find_states
+from .._tree.text import near_misses
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
-from .kinds import as_selector
-from .resolve import select, select_any
+from .selectors import as_selector, select, select_any
 
 
 def states(tree: Any, selector: Any = True) -> dict[str, Any]:
@@ -28,10 +28,10 @@ def states(tree: Any, selector: Any = True) -> dict[str, Any]:
 
     **Returns:**
 
-    A flat dict `{path: leaf}` in leaf order, of inexact arrays, and of Quantities as they are.
-    Integers, PRNG keys, functions and bare Python numbers are never in it. Any optax
-    transformation takes it as its parameters, Quantities inside of [`vgrad_eqx.unitful`][].
-    Where the selector chooses states by reference, `{path: State}`.
+    A flat dict `{path: leaf}` of inexact arrays, and of Quantities as they are, sorted by path,
+    as JAX sorts a dict. Integers, PRNG keys, functions and bare Python numbers are never in
+    it. Any optax transformation takes it as its parameters, Quantities inside of
+    [`vgrad_eqx.unitful`][]. Where the selector chooses states by reference, `{path: State}`.
 
     **Raises:**
 
@@ -47,7 +47,7 @@ def states(tree: Any, selector: Any = True) -> dict[str, Any]:
         >>> {path: leaf.shape for path, leaf in vg.states(mlp, "**.bias").items()}
         {'layers.0.bias': (8,), 'layers.1.bias': (1,)}
     """
-    flat = flatten(tree)
+    flat = FlatTree(tree)
     indices, names = select_any(flat, as_selector(selector), "states(selector=...)")
     return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
 
@@ -139,8 +139,9 @@ def _merge(
         )
     if not values:
         return tree
-    flat = flatten(tree)
-    by_reference = [flat.names[i] for i in flat.references if flat.names[i] in values]
+    flat = FlatTree(tree)
+    states = find_states(flat.leaves)
+    by_reference = [flat.names[i] for i in states if flat.names[i] in values]
     if by_reference:
         raise ValueError(
             f"`{caller}` must name inexact arrays of the `{type(tree).__name__}`. Got "

@@ -6,15 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 
 from .._tree.flat import FlatTree, is_scalar
-from .._tree.flatten import flatten
 from .._tree.state import State
 from .._tree.units import split_unit
-from .kinds import as_selector
-from .resolve import select_any
+from .selectors import as_selector, select_any
 
 
 def summary(tree: Any, selector: Any = True) -> None:
@@ -47,7 +44,7 @@ def summary(tree: Any, selector: Any = True) -> None:
         w     (2, 3)  bfloat16     6  chosen
         chosen: 6 of 9 parameters, in 1 of 2 arrays
     """
-    flat = flatten(tree)
+    flat = FlatTree(tree)
     caller = "summary(selector=...)"
     chosen = set(select_any(flat, as_selector(selector), caller).indices)
     rows = [row for i in range(len(flat.leaves)) for row in _list_rows(flat, i, chosen)]
@@ -74,7 +71,7 @@ def _list_rows(flat: FlatTree, index: int, chosen: Container[int]) -> Iterator[_
     path, leaf = flat.names[index], flat.leaves[index]
     inner = {path: leaf}
     if isinstance(leaf, State):
-        value = FlatTree(jtu.tree_unflatten(leaf.structure, leaf.leaves))
+        value = FlatTree(leaf.content.combine())
         paths = [f"{path}.{name}".strip(".") for name in value.names]
         inner = dict(zip(paths, value.leaves, strict=True))
     for path, each in inner.items():

@@ -1,5 +1,6 @@
 """The training step of a module."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._optimizers.optimizer import Optimizer
-from .._tree.flat import FlatTree, put
+from .._select.selectors import Indices
+from .._tree.flat import FlatTree
 from .._tree.units import split_unit
 from .accumulation import accumulate, Result
 from .plan import list_kinds, Metrics, name_key, Options, Plan, strip_key
@@ -42,9 +44,10 @@ class ModulePlan(Plan):
         self._frozen = [
             i for i, leaf in enumerate(flat.leaves) if _is_array(leaf) and i not in chosen
         ]
-        indices = [*self._chosen, *self._frozen]
-        self._static = put(flat.leaves, indices, [None] * len(indices))
-        self._structure, self._names = flat.treedef, flat.names
+        # Without units, because parameters travel as Quantities, as optax gets them.
+        rest = flat.split([*self._chosen, *self._frozen]).rest
+        self._rest = dataclasses.replace(rest, units=None)
+        self._names = flat.names
         params = [flat.leaves[i] for i in self._chosen]
         arrays, self._carry = jtu.tree_flatten(
             _Carry(params, optimizer.opt_state, strip_key(key), nn_state)
@@ -54,15 +57,15 @@ class ModulePlan(Plan):
         super().__init__(owner, options, list_kinds(len(params), optimizer), arrays, key)
         self._transform = self.make_gradient(
             _call_with_model(options.func),
-            grad_states=flat.unflatten([i in chosen for i in range(len(flat.leaves))]),
+            grad_states=Indices(frozenset(self._chosen)),
             has_aux=options.has_aux or nn_state is not None,
         )
 
     @property
     def signature(self) -> Any:
         """What tells plans apart that compile to different programs."""
-        static = tuple([(type(leaf), leaf) for leaf in self._static])
-        structures = (self._structure, self._carry, self._optimizer)
+        static = tuple([(type(leaf), leaf) for leaf in self._rest.constants])
+        structures = (self._rest.structure, self._carry, self._optimizer)
         return structures, static, tuple(self._chosen), self._avals, self.impl, self.shardings
 
     def start(
@@ -115,8 +118,7 @@ class ModulePlan(Plan):
         return leaves, self.measure(result.value, result.aux, grads)
 
     def _build(self, params: Sequence[Any], frozen: Sequence[Any]) -> Any:
-        leaves = put(self._static, self._chosen, params)
-        return jtu.tree_unflatten(self._structure, put(leaves, self._frozen, frozen))
+        return self._rest.combine([*params, *frozen])
 
     def _split_aux(self, rest: list[Any], nn_state: Any) -> tuple[Any, Any]:
         """The auxiliary data, and the next `equinox.nn.State`."""

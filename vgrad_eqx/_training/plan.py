@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from .._gradients.engine import make_transform
-from .._gradients.outputs import split_output
-from .._gradients.rules import Operator, pull_back
+from .._gradients.call import split_output
+from .._gradients.cotangents import make_cotangents
+from .._gradients.engine import make_transform, Operator, pull_back
 from .._optimizers.norms import grad_norms
 from .._tree.sharding import constrain, find_sharding, spread
 from .._tree.units import attach_unit
@@ -167,9 +167,10 @@ class Plan(abc.ABC):
 
     def average(self, value: Any) -> Any:
         """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
-        numbers, _, output = split_output(value, None, "train_step")
-        total = sum(map(jnp.sum, numbers)) / self.options.accumulate
-        return attach_unit(total, output.units[0])
+        numbers, output = split_output(value, None, "train_step")
+        weights, unit = make_cotangents(None, numbers, output, "train_step", unit_aware=True)
+        total = sum(jnp.sum(weight * x) for weight, x in zip(weights, numbers, strict=True))
+        return attach_unit(total / self.options.accumulate, unit)
 
     def measure(self, value: Any, aux: Any, var_grads: Any) -> Metrics:
         norms = grad_norms(var_grads) if self.options.grad_norms else None

@@ -9,8 +9,7 @@ import jax.tree_util as jtu
 
 from .._optimizers.state_optimizer import StateOptimizer
 from .._references.trace import Trace, trace
-from .._tree.cache import Memory
-from .._tree.flat import put
+from .._tree.cache import Cache
 from .._tree.state import read, State, write
 from .._tree.units import attach_unit, split_unit
 from .accumulation import accumulate, Result
@@ -39,21 +38,21 @@ class StatePlan(Plan):
         optimizer: StateOptimizer,
         key: Any,
         others: Sequence[jax.Ref] = (),
-        traces: Memory | None = None,
+        traces: Cache | None = None,
     ):
         self.state_optimizer = optimizer
         self._key = key
         self._others = list(others)
-        self._traces = Memory() if traces is None else traces
-        part, memory = optimizer.split(), optimizer.memory
-        self._names = part.names
-        self._units = [split_unit(param)[1] for param in part.diff]
+        self._traces = Cache() if traces is None else traces
+        values, memory = optimizer.find_values(), optimizer.memory
+        self._names = values.names
+        self._units = values.units
         self._key_state = None if key is None else State(*strip_key(key))
-        keys = [] if self._key_state is None else self._key_state.leaves
-        *of_state, self._count = [memory.leaves[i] for i in memory.places]
-        self.refs = [*part.refs.values(), *of_state, *keys, *others]
+        keys = [] if self._key_state is None else self._key_state.refs
+        *of_state, self._count = memory.refs
+        self.refs = [*values.refs.values(), *of_state, *keys, *others]
         arrays = list(map(read, self.refs))
-        kinds = list_kinds(len(part.diff), memory.value)
+        kinds = list_kinds(len(values.diff), memory.value)
         super().__init__(owner, options, kinds, arrays, key)
         self._transform = self.make_gradient(options.func, optimizer.states, options.has_aux)
 
@@ -89,24 +88,23 @@ class StatePlan(Plan):
 
     def _trace(self, inputs: Sequence[Any], structure: Any) -> Trace:
         key = (structure, tuple(map(jax.typeof, inputs)))
-        if key not in self._traces:
+        traced = self._traces.get(key)
+        if traced is None:
             traced = trace(lambda *leaves: self._step(structure.unflatten(leaves)), inputs)
-            if traced.error is not None:
-                raise traced.error
-            self._traces[key] = traced
-        return self._traces[key]
+            self._traces.set(key, traced)
+        return traced
 
     def _step(self, batch: Sequence[Any]) -> Metrics:
         """Takes one step with states."""
         subkey = None
         if self._key_state is not None:
             (self._key_state.value,), subkey = self.split_key([self._key_state.value])
-        part = self.state_optimizer.split()
+        values = self.state_optimizer.find_values()
 
         def differentiate(_: Any, key: Any, batch: Sequence[Any]) -> Result:
             var_grads, value, *rest = self._transform(*batch, **name_key(key))
             return Result(
-                part.list_gradients(var_grads), value, rest[0] if rest else None, None
+                values.list_gradients(var_grads), value, rest[0] if rest else None, None
             )
 
         def evaluate() -> Any:
@@ -116,8 +114,8 @@ class StatePlan(Plan):
 
             return self.average(self._accumulate(value, [], subkey, batch).value)
 
-        result = self._accumulate(differentiate, part.diff, subkey, batch)
-        var_grads = part.collect(result.grads)
+        result = self._accumulate(differentiate, values.params, subkey, batch)
+        var_grads = values.arrange(result.grads)
         value = self.average(result.value)
         self.state_optimizer.step(var_grads, value=value, grad=var_grads, value_fn=evaluate)
         return self.measure(result.value, result.aux, var_grads)
@@ -137,8 +135,7 @@ class StatePlan(Plan):
         return self._build_optimizer([*arrays, jnp.asarray(count, jnp.int32)])
 
     def _build_optimizer(self, arrays: Sequence[Any]) -> Any:
-        memory = self.state_optimizer.memory
-        return jtu.tree_unflatten(memory.structure, put(memory.leaves, memory.places, arrays))
+        return self.state_optimizer.memory.content.rest.combine(arrays)
 
     def to_tree(self, leaves: Sequence[Any], frozen: Sequence[Any]) -> dict[str, Any]:
         """All arrays by name, for a checkpoint."""

@@ -1,12 +1,227 @@
-"""How a training step is made."""
+"""Compiled training steps whose cost in Python does not grow with the model."""
 
+import functools as ft
+import operator
 from collections.abc import Callable
 from typing import Any
 
-from .._gradients.inputs import parse_grad_states
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
 from .._optimizers.groups import check_tx
-from .plan import Options
-from .step import StateTrainStep, TrainStep
+from .._optimizers.optimizer import Optimizer
+from .._optimizers.state_optimizer import StateOptimizer
+from .._select.grad_states import GradStates, parse_grad_states
+from .._select.selectors import select
+from .._tree.cache import Cache
+from .._tree.flat import FlatTree
+from .._tree.state import is_reference
+from .module_plan import ModulePlan
+from .plan import Metrics, Options
+from .state_plan import StatePlan, UnknownStates
+from .train_state import Lineage, Run, TrainState
+
+
+class TrainStep:
+    """A compiled training step, as [`vgrad_eqx.train_step`][] returns it.
+
+    **Arguments:**
+
+    It is made by `train_step`.
+
+    **Returns:**
+
+    A function `step(state, *batch) -> (state, metrics)`, whose `init` makes the first state,
+    and whose `lower(state, *batch)` gives what `jax.jit(...).lower(...)` does, to look at the
+    program.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> step = vg.train_step(lambda w, x: (w["a"] * x) ** 2, optax.sgd(0.25))
+        >>> state = step.init({"a": jnp.array(1.0)})
+        >>> "cosine" in step.lower(state, 1.0).as_text()
+        False
+    """
+
+    def __init__(self, options: Options, grad_states: GradStates):
+        self._options = options
+        self._grad_states = grad_states
+        # The compiled steps, by what tells them apart.
+        self._plans = Cache()
+
+    def init(
+        self,
+        model: Any = None,
+        *,
+        key: Any = None,
+        nn_state: Any = None,
+        optimizer: Any = None,
+        batch: Any = None,
+    ) -> TrainState:
+        """Makes the state to begin with.
+
+        **Arguments:**
+
+        - `model`: the module, or any pytree, of which leaves are trained. It stays as it is.
+            None for states by reference.
+        - `key`: a PRNG key, which each step splits. If given, `func` is passed `key=...`.
+        - `nn_state`: the `equinox.nn.State` of the module, which `func` takes after the
+            module and returns beside the value.
+        - `optimizer`: a [`vgrad_eqx.Optimizer`][] to go on with, such as one of
+            `reselect`, or a [`vgrad_eqx.StateOptimizer`][]. Defaults to a new one.
+        - `batch`: an example of the positional arguments, as a tuple. Over states by
+            reference, a state is then made that carries all that `func` uses, as it does
+            after the first step; [`vgrad_eqx.load`][] needs that. Without effect otherwise.
+
+        **Returns:**
+
+        A [`vgrad_eqx.TrainState`][].
+
+        **Raises:**
+
+        - `TypeError`: without a `model`, or with one for states by reference.
+        - `ValueError`: as [`vgrad_eqx.Optimizer`][]; if `optimizer` is of another selection.
+        """
+        if model is None:
+            raise TypeError(
+                "`train_step(...).init(model)` needs the module, of which `grad_states` "
+                "selects leaves. Got none."
+            )
+        flat = FlatTree(model)
+        selector = ft.reduce(operator.or_, self._grad_states.entries)
+        names = select(flat, selector, "train_step(grad_states=...)").names
+        if optimizer is None:
+            optimizer = Optimizer(self._options.tx, model, selector)
+        elif not isinstance(optimizer, Optimizer) or optimizer.names != names:
+            raise ValueError(
+                "`init(optimizer=...)` must be a `vg.Optimizer` of the leaves that "
+                f"`grad_states` selects, {_list(names)}. Got "
+                f"{_list(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
+                "`optimizer.reselect(model, selector)`."
+            )
+        plan = ModulePlan(self, self._options, flat, optimizer, key, nn_state)
+        known = self._plans.get(plan.signature)
+        if known is None:
+            self._plans.set(plan.signature, plan)
+        else:
+            plan = known
+        leaves, frozen = plan.start(flat, optimizer, key, nn_state)
+        return TrainState(Run(plan, frozen), leaves, int(optimizer.count))
+
+    def __call__(self, state: TrainState, /, *batch: Any) -> tuple[TrainState, Metrics]:
+        """Takes the steps of one call, and takes over the arrays of `state`.
+
+        **Arguments:**
+
+        - `state`: the state that `init` or the last step returned.
+        - `batch`: the positional arguments of `func` after the module, pytrees of arrays and
+            numbers.
+
+        **Returns:**
+
+        The next state and the [`vgrad_eqx.Metrics`][]. It does not wait for the results.
+
+        **Raises:**
+
+        - `RuntimeError`: for a state that a step has taken over.
+        - `TypeError`: for something else than a state; and as [`vgrad_eqx.vector_grad`][].
+        - `ValueError`: for a state of another `train_step`; for a batch without the first axes
+            that `steps_per_call` and `accumulate` ask for; and as
+            [`vgrad_eqx.vector_grad`][]. The state can still be used then.
+        """
+        try:
+            run = state.run
+            if run.owner is not self:
+                raise ValueError
+            leaves, value, aux, norms = run.compiled(state.leaves, run.frozen, batch)
+        except Exception:
+            self._check(state)
+            raise
+        return TrainState(run, leaves, state.count + run.steps), Metrics(value, aux, norms)
+
+    def lower(self, state: TrainState, /, *batch: Any) -> Any:
+        """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
+        self._check(state)
+        return state.run.compiled.lower(state.leaves, state.run.frozen, batch)
+
+    def _check(self, state: Any) -> None:
+        """Refuses what a step cannot take."""
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                "A training step takes the `TrainState` of `init`, and then the batch: "
+                f"`state, metrics = step(state, *batch)`. Got {eqx.tree_pformat(state)}."
+            )
+        if state.run.owner is not self:
+            raise ValueError(
+                "A training step takes a state of its own. Got one of another `train_step`. "
+                "Make one by `step.init(state.model, optimizer=state.optimizer)`."
+            )
+        state.check()
+
+
+class StateTrainStep(TrainStep):
+    """A training step over states by reference."""
+
+    def init(
+        self,
+        model: Any = None,
+        *,
+        key: Any = None,
+        nn_state: Any = None,
+        optimizer: Any = None,
+        batch: Any = None,
+    ) -> TrainState:
+        if model is not None or nn_state is not None:
+            raise TypeError(
+                "`train_step(grad_states=...)` names states by reference, so `init` takes "
+                f"no module. Got {eqx.tree_pformat(nn_state if model is None else model)}. "
+                "Let `func` close over it."
+            )
+        states = self._grad_states.unflatten(self._grad_states.entries)
+        if optimizer is None:
+            optimizer = StateOptimizer(self._options.tx, states)
+        elif not isinstance(optimizer, StateOptimizer) or not _is_same(optimizer, states):
+            raise ValueError(
+                "`init(optimizer=...)` must be a `vg.StateOptimizer` of the states that "
+                f"`grad_states` names, {eqx.tree_pformat(states)}. Got "
+                f"{eqx.tree_pformat(getattr(optimizer, 'states', optimizer))}."
+            )
+        plan = StatePlan(self, self._options, optimizer, key)
+        lineage = Lineage()
+        state = TrainState(Run(plan, (), lineage), plan.start(), int(optimizer.count))
+        lineage.latest = state
+        if batch is None:
+            return state
+        try:
+            jax.eval_shape(plan.run, state.leaves, (), tuple(batch))
+        except UnknownStates as unknown:
+            return _extend(state, unknown)
+        return state
+
+    def __call__(self, state: TrainState, /, *batch: Any) -> tuple[TrainState, Metrics]:
+        # All of it again, because a call of the method above would take time at each step.
+        try:
+            run = state.run
+            if run.owner is not self:
+                raise ValueError
+            leaves, value, aux, norms = run.compiled(state.leaves, run.frozen, batch)
+        except UnknownStates as unknown:
+            return self(_extend(state, unknown), *batch)
+        except Exception:
+            self._check(state)
+            raise
+        following = TrainState(run, leaves, state.count + run.steps)
+        run.lineage.latest = following
+        return following, Metrics(value, aux, norms)
+
+    def lower(self, state: TrainState, /, *batch: Any) -> Any:
+        try:
+            return super().lower(state, *batch)
+        except UnknownStates as unknown:
+            return self.lower(_extend(state, unknown), *batch)
 
 
 def train_step(
@@ -101,3 +316,24 @@ def train_step(
         func, tx, has_aux, check_states, steps_per_call, accumulate, packed, grad_norms
     )
     return (StateTrainStep if parsed.by_reference else TrainStep)(options, parsed)
+
+
+def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
+    """The same state, which carries the values of more states by reference."""
+    run = state.run
+    plan, leaves = run.plan.extend(state.leaves, unknown.refs)
+    extended = TrainState(Run(plan, run.frozen, run.lineage), leaves, state.count)
+    run.lineage.latest = extended
+    return extended
+
+
+def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
+    entries = [
+        jtu.tree_flatten(tree, is_leaf=is_reference) for tree in (optimizer.states, states)
+    ]
+    (ours, structure), (theirs, other) = entries
+    return structure == other and all(map(operator.is_, ours, theirs))
+
+
+def _list(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)

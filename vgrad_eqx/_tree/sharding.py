@@ -1,4 +1,4 @@
-"""How arrays lie on several devices, and derived ones like them."""
+"""How arrays are sharded over devices, and others like them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,25 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from .flat import is_any_traced
 
-
-def lay_out_like(arrays: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-    """Asks the compiler to lay out each array as the leaf of its shape and dtype.
+def shard_like(arrays: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+    """Asks the compiler to shard each array as the leaf of its shape and dtype.
 
     While it is traced, a leaf does not tell on which devices it will be, unless its axes are
     explicit, and then JAX keeps them for its gradient. So the two are tied together: compilers
-    lay out alike what an elementwise operation takes and gives, and remove one that always
-    chooses the same side.
+    shard the operands and the result of an elementwise operation alike, and remove one that
+    always chooses the same side.
     """
-    if not is_any_traced(leaves) or not _may_be_sharded():
+    if not _is_automatic(jax.sharding.get_abstract_mesh()):
         return list(arrays)
-    # Not `lax.select`, which is removed before the layout is chosen.
+    # Not `lax.select`, which is removed before the sharding is chosen.
     return [jnp.where(False, leaf, array) for array, leaf in zip(arrays, leaves, strict=True)]
-
-
-def _may_be_sharded() -> bool:
-    return jax.device_count() > 1 and _is_automatic(jax.sharding.get_abstract_mesh())
 
 
 def _is_automatic(mesh: Any) -> bool:

@@ -1,6 +1,9 @@
 """States: named references to values."""
 
+import re
 import threading
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -8,8 +11,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.ref
-import jax.tree_util as jtu
 import numpy as np
+
+from .cache import is_equal
+from .flat import FlatTree, Split
+from .units import split_unit
 
 
 class State:
@@ -60,34 +66,36 @@ class State:
     for what it means under transformations.
     """
 
-    __slots__ = ("__weakref__", "leaves", "name", "places", "structure")
+    __slots__ = ("__weakref__", "content", "name")
 
     def __init__(self, value: Any, name: str | None = None):
         if isinstance(value, bool | int | float | complex):
             value = np.asarray(value)
-        leaves, self.structure = jtu.tree_flatten(value)
-        if not any(map(_is_array, leaves)):
+        flat = FlatTree(value)
+        arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
+        if not arrays.diff:
             raise TypeError(
                 f"`State(value=...)` must hold an array. Got {eqx.tree_pformat(value)}."
             )
         if name is not None and not isinstance(name, str):
             raise TypeError(f"`State(name=...)` must be a string. Got {name!r}.")
-        # With a reference in each place where there is an array.
-        self.leaves = [_make_ref(leaf) if _is_array(leaf) else leaf for leaf in leaves]
-        self.places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+        # The value, with a reference in the place of each array.
+        self.content = Split(list(map(_make_ref, arrays.diff)), arrays.rest)
         self.name = name
+        states_exist.set()
+
+    @property
+    def refs(self) -> Sequence[jax.Ref]:
+        return self.content.diff
 
     @property
     def value(self) -> Any:
-        leaves = list(self.leaves)
-        for i in self.places:
-            leaves[i] = read(leaves[i])
-        return jtu.tree_unflatten(self.structure, leaves)
+        return self.content.rest.combine(list(map(read, self.refs)))
 
     @value.setter
     def value(self, value: Any) -> None:
-        leaves, structure = jtu.tree_flatten(value)
-        if structure != self.structure or not all(map(_fits, leaves, self.leaves)):
+        arrays = self._find_arrays(value)
+        if arrays is None:
             raise ValueError(
                 f"The value of {self!r} must keep its structure, shapes and dtypes, "
                 f"{self._describe()}. Got {eqx.tree_pformat(value)}. Make another state for "
@@ -95,25 +103,33 @@ class State:
             )
         written = []
         try:
-            for i in self.places:
-                ref, leaf = self.leaves[i], leaves[i]
-                array = leaf if eqx.is_array(leaf) else jnp.asarray(leaf, ref.dtype)
+            for ref, array in zip(self.refs, arrays, strict=True):
+                array = array if eqx.is_array(array) else jnp.asarray(array, ref.dtype)
                 written.append((ref, write(ref, array, self)))
         except ValueError:
             for ref, old in written:
                 write(ref, old, self)
             raise
 
+    def _find_arrays(self, value: Any) -> Sequence[Any] | None:
+        """The arrays in a value for this state, or `None` if the value does not fit."""
+        flat, rest = FlatTree(value), self.content.rest
+        if flat.structure != rest.structure:
+            return None
+        arrays = flat.split(rest.indices)
+        if not all(map(_fits, arrays.diff, self.refs)) or arrays.rest.units != rest.units:
+            return None
+        if not all(map(is_equal, arrays.rest.constants, rest.constants)):
+            return None
+        return arrays.diff
+
     def __repr__(self) -> str:
         name = "" if self.name is None else f", name={self.name!r}"
         return f"State({self._describe()}{name})"
 
     def _describe(self) -> str:
-        shapes = list(self.leaves)
-        for i in self.places:
-            shapes[i] = jax.ShapeDtypeStruct(shapes[i].shape, shapes[i].dtype)
-        value = jtu.tree_unflatten(self.structure, shapes)
-        return eqx.tree_pformat(value, struct_as_array=True)
+        shapes = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in self.refs]
+        return eqx.tree_pformat(self.content.rest.combine(shapes), struct_as_array=True)
 
     def __reduce__(self) -> Any:
         return State, (self.value, self.name)
@@ -133,6 +149,39 @@ def is_reference(node: Any) -> bool:
     return isinstance(node, State | jax.Ref)
 
 
+# Whether a state was ever made. Without one, no call has to look after any.
+states_exist = threading.Event()
+
+
+class Journal(dict[int, tuple[jax.Ref, jax.Array]]):
+    """References that were set, by their `id`, each with the value that it had before.
+
+    JAX runs a function that is differentiated with the references themselves. The journal
+    undoes what it has set, after an exception.
+    """
+
+    def record(self, ref: jax.Ref) -> None:
+        if id(ref) not in self and not isinstance(ref, jax.core.Tracer):
+            with jax.ensure_compile_time_eval():  # the value now, also while a loop is traced
+                self[id(ref)] = ref, ref[...]
+
+    def restore(self) -> None:
+        with _lock, jax.ensure_compile_time_eval():
+            for ref, old in self.values():
+                ref[...] = old
+
+
+class _Journals(threading.local):
+    def __init__(self):
+        self.active: list[Journal] = []
+
+
+# The journals of this thread. The call that begins one takes it away again.
+journals = _Journals()
+
+# References that compiled code sets, of which a journal is not told.
+set_by_compiled: weakref.WeakSet[jax.Ref] = weakref.WeakSet()
+
 # JAX takes the buffer of a reference away while it reads it.
 _lock = threading.RLock()
 
@@ -145,7 +194,11 @@ def read(ref: jax.Ref) -> jax.Array:
 def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
     with _lock:
+        for journal in journals.active:
+            journal.record(ref)
         old = ref[...] if isinstance(value, jax.core.Tracer) else None
+        if isinstance(old, jax.core.Tracer) and not isinstance(ref, jax.core.Tracer):
+            set_by_compiled.add(ref)
         try:
             return jax.ref.swap(ref, ..., value)
         except Exception as error:
@@ -165,6 +218,34 @@ def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
             ) from error
 
 
+def is_about_references(error: BaseException | None) -> bool:
+    """Whether JAX has refused what a function does with references."""
+    while error is not None:
+        if _ABOUT_REFERENCES.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+# JAX has no types for these errors: one of a value that is differentiated, and set or added to a
+# reference that is not; and one of a loop whose condition and body share a reference.
+_ABOUT_REFERENCES = re.compile(
+    r"non-differentiated array reference|reference to a mutable array|Zero\(Ref|to addupdate"
+)
+
+
+def find_states(leaves: Sequence[Any]) -> list[int]:
+    """The indices of the states among leaves."""
+    if not any(issubclass(leaf_type, State) for leaf_type in set(map(type, leaves))):
+        return []
+    return [i for i, leaf in enumerate(leaves) if isinstance(leaf, State)]
+
+
+def _holds_array(leaf: Any) -> bool:
+    number, unit = split_unit(leaf)
+    return _is_array(number) or (unit is not None and isinstance(number, int | float | complex))
+
+
 def _is_array(leaf: Any) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
 
@@ -176,12 +257,10 @@ def _make_ref(leaf: Any) -> jax.Ref:
     )
 
 
-def _fits(new: Any, old: Any) -> bool:
-    """Whether a leaf may be set to another one."""
-    if not isinstance(old, jax.Ref):
-        return new is old or (type(new) is type(old) and bool(new == old))
+def _fits(new: Any, ref: jax.Ref) -> bool:
+    """Whether a reference may be set to an array or a number."""
     if not _is_array(new) and not isinstance(new, bool | int | float | complex):
         return False
     # Without x64, a NumPy array of float64 is float32 to JAX, and a number has no dtype.
-    others = [old.dtype] if jax.typeof(new).weak_type else []
-    return jnp.shape(new) == old.shape and jnp.result_type(new, *others) == old.dtype
+    others = [ref.dtype] if jax.typeof(new).weak_type else []
+    return jnp.shape(new) == ref.shape and jnp.result_type(new, *others) == ref.dtype

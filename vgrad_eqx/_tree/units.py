@@ -31,6 +31,15 @@ def split_unit(leaf: Any) -> tuple[Any, Any]:
     return leaf, None
 
 
+def split_units(leaves: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any] | None]:
+    """The numbers in leaves, and their units; or `None` if there is no Quantity among them."""
+    is_quantity = quantity_test()
+    if is_quantity is None or not any(map(is_quantity, leaves)):
+        return leaves, None
+    numbers, units = zip(*map(split_unit, leaves), strict=True)
+    return numbers, units
+
+
 def attach_unit(number: Any, unit: Any) -> Any:
     """A Quantity, or the number itself if the unit is `None`."""
     if unit is None:

@@ -1,0 +1,26 @@
+"""Which positional arguments are differentiated."""
+
+import operator
+from typing import Any
+
+
+def parse_argnums(argnums: Any, caller: str) -> int | tuple[int, ...] | None:
+    """An int or a tuple of ints, as they were given."""
+    if argnums is None:
+        return None
+    if isinstance(argnums, list | tuple):
+        if not argnums:
+            raise ValueError(f"`{caller}` must name at least one argument. Got {argnums!r}.")
+        return tuple([_parse_argnum(argnum, argnums, caller) for argnum in argnums])
+    return _parse_argnum(argnums, argnums, caller)
+
+
+def _parse_argnum(argnum: Any, argnums: Any, caller: str) -> int:
+    try:
+        if isinstance(argnum, bool):
+            raise TypeError
+        return operator.index(argnum)
+    except TypeError:
+        raise TypeError(
+            f"`{caller}` must be an int, or a list or tuple of ints. Got {argnums!r}."
+        ) from None

@@ -1,0 +1,66 @@
+"""The check that a gradient can reach each selected leaf, by data flow.
+
+JAX has already made the linear program, from the tangents of the leaves to those of the
+outputs. What no gradient reaches is not in it: JAX drops what is multiplied by a zero that it
+knows, such as the derivative of `floor` or `stop_gradient`, also inside of loops and compiled
+functions. So a walk over the equations of the outermost level is enough, and nothing is traced
+again.
+
+A leaf may pass that has a derivative of zero: behind `0.0 * x`, say, or in a `custom_vjp` whose
+backward pass ignores the cotangent. A leaf on which an output depends is never refused.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.tree_util as jtu
+
+from .._tree.text import shorten
+
+
+def refuse_unreached(linear: Any, num_tangents: int, names: Sequence[str], caller: str) -> None:
+    """Raises if no output of a linear program depends on one of its first tangents.
+
+    `linear` is what `jax.vjp` or `jax.linearize` returns for so many inputs, and `names` are
+    those of the first of them.
+    """
+    jaxpr, tangents = _find_tangents(linear, num_tangents)
+    reaching = {id(var) for var in jaxpr.outvars}
+    for eqn in reversed(jaxpr.eqns):
+        if not reaching.isdisjoint(map(id, eqn.outvars)):
+            reaching.update(map(id, eqn.invars))
+    pairs = zip(names, tangents, strict=False)
+    unreached = [f"`{name}`" for name, var in pairs if id(var) not in reaching]
+    if unreached:
+        raise ValueError(
+            f"`{caller}` must select leaves on which the output of `func` depends. It does not "
+            f"depend on {shorten(unreached)}. No gradient reaches what is behind "
+            "`stop_gradient` either. Narrow the selector, say by `& ~vg.path(...)`, or for a "
+            "model with frozen wrappers by `~vg.instance(paramax.NonTrainable)`; or pass "
+            "`check_states=False` to get zeros."
+        )
+
+
+def uses_references(linear: Any, num_tangents: int) -> bool:
+    """Whether a linear program reads or sets references when it is evaluated.
+
+    That is where a `jax.checkpoint` computes again what it has computed before, when the
+    references may have other values. JAX (0.12) does not notice.
+    """
+    jaxpr, _ = _find_tangents(linear, num_tangents)
+    return any(hasattr(effect, "input") for effect in jaxpr.effects)
+
+
+def _find_tangents(linear: Any, num_tangents: int) -> tuple[Any, Sequence[Any]]:
+    """The linear program of a function that JAX returned, and its inputs."""
+    # Neither place is documented. `jax.vjp` returns an object with a `jaxpr`. `jax.linearize`
+    # returns a `Partial` of a function whose first argument is the jaxpr, and of the residuals.
+    if hasattr(linear, "jaxpr"):
+        jaxpr, others = linear.jaxpr, getattr(linear, "structured_residuals", ())
+    else:
+        jaxpr, others = linear.func.args[0], linear.args[1:]
+    # Residuals come first, as constants in JAX 0.10 and as inputs in 0.12. Of those that are
+    # structured, which 0.12 has introduced, the leaves come last.
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    stop = len(variables) - len(jtu.tree_leaves(others))
+    return jaxpr, variables[stop - num_tangents : stop]

@@ -1,0 +1,91 @@
+"""What the outputs are multiplied by before they are added up: ones, or what the user gave."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from .._tree.units import (
+    find_factors,
+    multiply_units,
+    raise_mismatch,
+    scale_number,
+    split_unit,
+)
+from .call import Output
+
+
+def make_cotangents(
+    cotangent: Any, numbers: Sequence[Any], output: Output, name: str, unit_aware: bool
+) -> tuple[tuple[Any, ...], Any]:
+    """The cotangent of each differentiated output, and the unit of their sum."""
+    if cotangent is None:
+        cotangents, units = tuple(map(jnp.ones_like, numbers)), output.units
+        text = (
+            f"`{name}(func=...)` must return outputs of one dimension, because it adds them up."
+        )
+    else:
+        cotangents, units = _parse_cotangent(cotangent, numbers, output, name)
+        text = (
+            f"`{name}(cotangent=...)` times the output must have one dimension, because it is "
+            "added up."
+        )
+    if all(unit is None for unit in units):
+        return cotangents, None
+    factors = find_factors(units, text, output.diff_names)
+    if unit_aware:
+        return tuple(map(scale_number, cotangents, factors)), units[0]
+    if any(factor != 1.0 for factor in factors):
+        listed = [
+            f"`{path}` in {unit}" for path, unit in zip(output.diff_names, units, strict=True)
+        ]
+        raise_mismatch(
+            f"`{name}(unit_aware=False)` adds up bare numbers, so all outputs must have one "
+            f"unit. Got {', '.join(listed)}. Convert them to one, or pass `unit_aware=True`",
+            *units,
+        )
+    return cotangents, units[0]
+
+
+def _parse_cotangent(
+    cotangent: Any, numbers: Sequence[Any], output: Output, name: str
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """The given number for each differentiated output, and the unit of their product."""
+    caller = f"{name}(cotangent=...)"
+    value, _ = output.combine(numbers)
+    given = cotangent(value) if callable(cotangent) else cotangent
+    try:
+        entries = output.structure.flatten_up_to(given)
+    except ValueError as error:
+        raise ValueError(
+            f"`{caller}` must have the structure of the output, {eqx.tree_pformat(value)}. Got "
+            f"{eqx.tree_pformat(given)}."
+        ) from error
+    cotangents, units = [], []
+    indices = output.rest.indices[: output.num_diff]
+    for i, number, unit in zip(indices, numbers, output.units, strict=True):
+        entry, own_unit = split_unit(entries[i])
+        cotangents.append(_parse_number(entry, number, caller))
+        units.append(multiply_units(own_unit, unit))
+    return tuple(cotangents), units
+
+
+def _parse_number(number: Any, output: Any, caller: str) -> Any:
+    shape, dtype = jnp.shape(output), jnp.result_type(output)
+    if not eqx.is_array_like(number):
+        raise TypeError(
+            f"`{caller}` must hold an array for each inexact output. Got "
+            f"{eqx.tree_pformat(number)} for one of shape {shape}."
+        )
+    # A Python number has no dtype of its own.
+    fits = jnp.result_type(number, dtype) == dtype and not (
+        hasattr(number, "dtype") and jnp.result_type(number) != dtype
+    )
+    if jnp.shape(number) != shape or not fits:
+        raise ValueError(
+            f"`{caller}` must have the shape and dtype of the output, {shape} and {dtype}. Got "
+            f"{jnp.shape(number)} and {jnp.result_type(number)}. Convert it by "
+            "`jnp.broadcast_to` and `astype`."
+        )
+    return jnp.asarray(number, dtype)

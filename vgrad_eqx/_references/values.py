@@ -1,0 +1,107 @@
+"""States by reference as values to differentiate by, and where they stand in `grad_states`."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._select.grad_states import GradStates
+from .._tree.flat import FlatTree, Split
+from .._tree.state import read, State
+from .._tree.units import attach_unit
+
+
+class StateValues:
+    """The values of states by reference, which no argument holds."""
+
+    in_args = False
+
+    def __init__(self, grad_states: GradStates, caller: str):
+        self._grad_states = grad_states
+        self._contents = [_find_content(reference) for reference in grad_states.entries]
+        useless = [not any(map(_can_train, each.diff)) for each in self._contents]
+        if any(useless):
+            raise TypeError(
+                f"`{caller}` must name states with an inexact array in them. Got "
+                f"{'; '.join(self._describe(useless))}, in which nothing can be "
+                "differentiated."
+            )
+        pairs = {
+            id(ref): (ref, unit)
+            for each in self._contents
+            for ref, unit in zip(each.diff, _list_units(each), strict=True)
+            if _can_train(ref)
+        }
+        self.refs = {key: ref for key, (ref, _) in pairs.items()}
+        self.units = [unit for _, unit in pairs.values()]
+        self.diff = list(map(read, self.refs.values()))
+
+    @property
+    def params(self) -> list[Any]:
+        """The values with their units."""
+        return list(map(attach_unit, self.diff, self.units))
+
+    @property
+    def names(self) -> list[str]:
+        names = {}
+        for name, each in zip(self._grad_states.names, self._contents, strict=True):
+            inner = FlatTree(each.combine()).names
+            for i, ref in zip(each.rest.indices, each.diff, strict=True):
+                names[id(ref)] = f"{name}.{inner[i]}".strip(".")
+        return [names[key] for key in self.refs]
+
+    def find_untouched(self, touched: Iterable[jax.Ref]) -> list[str]:
+        """The states of which no reference is among these."""
+        ids = set(map(id, touched))
+        untouched = [ids.isdisjoint(map(id, each.diff)) for each in self._contents]
+        return self._describe(untouched) if any(untouched) else []
+
+    def _describe(self, chosen: Sequence[bool]) -> list[str]:
+        pairs = zip(self._grad_states.names, self._grad_states.entries, strict=True)
+        described = []
+        for name, reference in itertools.compress(pairs, chosen):
+            text = repr(reference) if isinstance(reference, State) else "a `jax.Ref`"
+            described.append(f"`{name}`, {text}" if name else text)
+        return described
+
+    def insert(
+        self, func: Callable[..., Any], args: list[Any], diff: Sequence[Any]
+    ) -> Callable[..., Any]:
+        return func
+
+    def arrange(self, grads: Sequence[Any]) -> Any:
+        """The gradients in the structure of `grad_states`, each in that of its state."""
+        by_id = dict(zip(self.refs, grads, strict=True))
+        return self._grad_states.unflatten(
+            [
+                each.rest.arrange([by_id.get(id(ref)) for ref in each.diff])
+                for each in self._contents
+            ]
+        )
+
+    def list_gradients(self, grads: Any) -> list[Any]:
+        """The inverse of `arrange`: a gradient for each reference, in their order."""
+        entries = self._grad_states.structure.flatten_up_to(grads)
+        by_id = {}
+        for each, entry in zip(self._contents, entries, strict=True):
+            leaves = each.rest.structure.flatten_up_to(entry)
+            for i, ref in zip(each.rest.indices, each.diff, strict=True):
+                by_id[id(ref)] = leaves[i]
+        return [by_id[key] for key in self.refs]
+
+
+def _find_content(reference: State | jax.Ref) -> Split:
+    """What is in a state, with a reference in the place of each array."""
+    if isinstance(reference, State):
+        return reference.content
+    return FlatTree(reference).split([0])
+
+
+def _list_units(content: Split) -> Sequence[Any]:
+    return content.rest.units or [None] * len(content.diff)
+
+
+def _can_train(ref: jax.Ref) -> bool:
+    return jnp.issubdtype(ref.dtype, jnp.inexact)

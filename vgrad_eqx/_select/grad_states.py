@@ -1,0 +1,73 @@
+"""What the user wants gradients of: selectors or states by reference, in any nesting."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from .._tree.flat import name_of
+from .._tree.state import is_reference
+from .selectors import as_selector, Selector
+
+
+class GradStates(eqx.Module):
+    """What gradients are wanted of, in any nesting, and so that it can be hashed."""
+
+    entries: tuple[Any, ...]
+    structure: Any = eqx.field(static=True)
+    by_reference: bool = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, tree: Any, by_reference: bool) -> "GradStates":
+        entries, structure = jtu.tree_flatten(tree, is_leaf=is_reference)
+        return cls(tuple(entries), structure, by_reference)
+
+    def unflatten(self, entries: Sequence[Any]) -> Any:
+        return jtu.tree_unflatten(self.structure, entries)
+
+    @property
+    def names(self) -> list[str]:
+        tree = self.unflatten(self.entries)
+        paths, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_reference)
+        return [name_of(key_path) for key_path, _ in paths]
+
+
+def parse_grad_states(grad_states: Any, caller: str) -> GradStates | None:
+    """States by reference or selectors, in the containers that the user gave."""
+    if grad_states is None:
+        return None
+    leaves = jtu.tree_leaves(grad_states, is_leaf=is_reference)
+    if not any(map(is_reference, leaves)):
+        return GradStates.of(_parse_selectors(grad_states, caller), by_reference=False)
+    others = [leaf for leaf in leaves if not is_reference(leaf)]
+    if others:
+        raise TypeError(
+            f"`{caller}` must be states by reference or selectors, and not both. Got "
+            f"{eqx.tree_pformat(others[0])} among the states. For the states in a module, "
+            "pass `vg.states(module)`."
+        )
+    return GradStates.of(grad_states, by_reference=True)
+
+
+def _parse_selectors(grad_states: Any, caller: str) -> Any:
+    """A selector, or the container of selectors that the user gave."""
+    if isinstance(grad_states, list | tuple | dict) and not jtu.tree_leaves(grad_states):
+        raise ValueError(
+            f"`{caller}` must name at least one selector. Got {grad_states!r}. "
+            "To differentiate arguments alone, leave `grad_states` out."
+        )
+    if _is_group(grad_states):
+        return jtu.tree_map(
+            lambda each: None if each is None else _parse_selectors(each, caller),
+            grad_states,
+            is_leaf=lambda node: node is not grad_states,
+        )
+    return as_selector(grad_states)
+
+
+def _is_group(grad_states: Any) -> bool:
+    """Whether this is a container of selectors, and not itself a filter spec."""
+    return isinstance(grad_states, list | tuple | dict) and any(
+        isinstance(each, str | Selector) for each in jtu.tree_leaves(grad_states)
+    )
