@@ -58,8 +58,8 @@ EVERY = [
     "encoder.1.weight",
     "head.9",
     "head.kernel",
-    "norm.weight",
     "norm.bias",
+    "norm.weight",
 ]
 
 GLOBS = {

@@ -280,12 +280,12 @@ def test_a_state_may_be_made_in_a_compiled_function():
 def test_states_of_a_module_by_path():
     layers = [make_layer(), make_layer()]
     states = vg.states(layers)
-    assert list(states) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert list(states) == ["0.bias", "0.weight", "1.bias", "1.weight"]
     assert states["1.bias"] is layers[1].bias
     assert list(vg.states(layers, "*.weight")) == ["0.weight", "1.weight"]
     assert list(vg.states(layers, vg.instance(vg.State) & ~vg.path("0"))) == [
-        "1.weight",
         "1.bias",
+        "1.weight",
     ]
 
 
@@ -297,7 +297,7 @@ def test_arrays_and_states_are_not_chosen_together():
     )
     with pytest.raises(ValueError, match=match):
         vg.states(tree)
-    assert list(vg.states(tree, vg.instance(vg.State))) == ["layer.weight", "layer.bias"]
+    assert list(vg.states(tree, vg.instance(vg.State))) == ["layer.bias", "layer.weight"]
     assert list(vg.states(tree, ~vg.instance(vg.State))) == ["scale"]
     assert list(vg.states(tree, "scale")) == ["scale"]
 

@@ -59,7 +59,7 @@ class Optimizer(eqx.Module):
         >>> grads = vg.vector_grad(loss, "layers.1")(mlp, jnp.ones(2))
         >>> mlp, opt = opt.step(mlp, grads)
         >>> list(opt.params(mlp)), int(opt.count)
-        (['layers.1.weight', 'layers.1.bias'], 1)
+        (['layers.1.bias', 'layers.1.weight'], 1)
     """
 
     opt_state: Any

@@ -282,7 +282,7 @@ def instance(node_type: type | tuple[type, ...]) -> Selector:
         >>> import vgrad_eqx as vg
         >>> model = [eqx.nn.Conv1d(1, 1, 3, key=jax.random.key(0)), eqx.nn.LayerNorm(8)]
         >>> list(vg.states(model, vg.instance(eqx.nn.LayerNorm)))
-        ['1.weight', '1.bias']
+        ['1.bias', '1.weight']
     """
     types = node_type if isinstance(node_type, tuple) else (node_type,)
     if not types or not all(isinstance(each, type) for each in types):
@@ -315,7 +315,7 @@ def at(where: Callable[[Any], Any]) -> Selector:
         >>> import vgrad_eqx as vg
         >>> mlp = eqx.nn.MLP(2, 1, 8, 2, key=jax.random.key(0))
         >>> list(vg.states(mlp, vg.at(lambda mlp: mlp.layers[-1])))
-        ['layers.2.weight', 'layers.2.bias']
+        ['layers.2.bias', 'layers.2.weight']
     """
     if not callable(where):
         raise TypeError(
