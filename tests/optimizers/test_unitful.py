@@ -1,0 +1,274 @@
+"""Optax on parameters with units: the fit is the same in whatever units they are written."""
+
+import functools as ft
+from typing import Any
+
+import brainunit as u
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import vgrad_eqx as vg
+
+from ..helpers import tree_allclose
+from .transformations import TABLE
+
+
+# Updates of optax are typed as trees in which nothing can be looked up.
+unitful: Any = vg.unitful
+
+SI = {"current": [2e-9], "resistance": [5e6], "tau": [0.02, 0.03], "gain": [1.0, 2.0, 0.5]}
+SPELLINGS = {
+    "small": {"current": u.nA, "resistance": u.Mohm, "tau": u.ms, "loss": u.mvolt**2},
+    "large": {"current": u.amp, "resistance": u.ohm, "tau": u.second, "loss": u.volt**2},
+    "odd": {"current": u.uA, "resistance": u.kohm, "tau": u.us, "loss": u.volt * u.mvolt},
+}
+LOSS_UNIT = u.mvolt**2
+SCALE = {"current": 1.0 * u.nA, "resistance": 2e6 * u.ohm, "tau": 10.0 * u.ms, "gain": 0.5}
+
+
+def make_params(spelling):
+    return {
+        name: jnp.asarray(number)
+        if name == "gain"
+        else jnp.asarray(number) / spelling[name].magnitude * spelling[name]
+        for name, number in SI.items()
+    }
+
+
+def make_loss(spelling):
+    """A smooth loss in squared volts, with its least value elsewhere."""
+
+    def loss(params):
+        voltage = params["resistance"] * params["current"] * params["gain"]
+        slow = (params["tau"] / (25.0 * u.ms)) ** 2 - 1
+        total = (voltage - 14.0 * u.mvolt) ** 2
+        total = total.sum() + 3.0 * (u.mvolt**2) * jnp.sum(slow**2)
+        return total.in_unit(spelling["loss"])
+
+    return loss
+
+
+def si(params):
+    return {
+        name: u.get_mantissa(leaf) * u.get_unit(leaf).magnitude for name, leaf in params.items()
+    }
+
+
+@ft.cache
+def make_gradient(name):
+    loss = make_loss(SPELLINGS[name])
+    transform = vg.vector_grad(lambda p: loss(p), "**", return_value=True, unit_aware=True)
+    return loss, jax.jit(transform)
+
+
+def fit(tx, name, scale=None, steps=3):
+    """The parameters after some steps, in SI units, relative to those at the start."""
+    params = make_params(SPELLINGS[name])
+    loss, gradient = make_gradient(name)
+    tx = unitful(tx, LOSS_UNIT, scale)
+    opt_state = tx.init(params)
+    for _ in range(steps):
+        grads, value = gradient(params)
+        extra_args = {"value": value, "grad": grads, "value_fn": loss}
+        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+        params = vg.apply_updates(params, updates)
+    for path, leaf in make_params(SPELLINGS[name]).items():
+        assert u.get_unit(params[path]) == u.get_unit(leaf)
+    return {path: value / jnp.asarray(SI[path]) for path, value in si(params).items()}
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+def test_with_a_scale_the_fit_does_not_depend_on_the_units(row):
+    reference = fit(row.make(), "small", SCALE)
+    assert max(float(jnp.max(jnp.abs(value - 1))) for value in reference.values()) > 1e-6
+    large = fit(row.make(), "large", SCALE)
+    assert tree_allclose(large, reference, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+def test_without_a_scale_it_does(row):
+    small, large = fit(row.make(), "small"), fit(row.make(), "large")
+    holds = tree_allclose(small, large, rtol=1e-2, atol=1e-2)
+    assert holds is row.holds_without_scale, row.why
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", "lbfgs with zoom line search"])
+def test_mixed_spellings_agree_too(name):
+    small, odd = [fit(TABLE[name].make(), each, SCALE, steps=5) for each in ("small", "odd")]
+    assert tree_allclose(small, odd, rtol=2e-3, atol=2e-3)
+
+
+def make_problem():
+    params = {"tau": jnp.array([20.0, 30.0]) * u.ms, "gain": jnp.ones(2)}
+
+    def loss(params):
+        return (params["gain"] * params["tau"] - 10.0 * u.ms) ** 2
+
+    return params, vg.vector_grad(loss, "**", unit_aware=True)(params), loss
+
+
+def test_updates_have_the_unit_of_the_parameter():
+    params, grads, _ = make_problem()
+    tx = unitful(optax.sgd(0.5), u.ms**2, {"tau": 2.0 * u.second})
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert u.get_unit(updates["tau"]) == u.ms
+    expected = -0.5 * u.get_mantissa(grads["tau"]) * 2000.0**2
+    assert tree_allclose(u.get_mantissa(updates["tau"]), expected)
+    assert tree_allclose(updates["gain"], -0.5 * u.get_mantissa(grads["gain"]))
+    apply_updates: Any = optax.apply_updates
+    assert u.get_unit(apply_updates(params, updates)["tau"]) == u.ms
+
+
+def test_a_scale_may_be_an_array():
+    params, grads, _ = make_problem()
+    tx = unitful(optax.adam(0.1), u.ms**2, {"tau": jnp.array([10.0, 1.0]) * u.ms})
+    updates, _ = tx.update(grads, tx.init(params))
+    assert tree_allclose(u.get_mantissa(updates["tau"]), -0.1 * jnp.array([10.0, 1.0]))
+
+
+def test_arrays_are_optimized_as_by_optax():
+    params = {"w": jnp.array([1.0, 2.0])}
+    tx, ours = optax.adamw(0.1), unitful(optax.adamw(0.1))
+    expected, _ = tx.update(params, tx.init(params), params)
+    updates, _ = ours.update(params, ours.init(params), params)
+    assert tree_allclose(updates, expected)
+
+
+def test_dtypes_stay():
+    params = {"tau": jnp.ones(2, "bfloat16") * u.ms}
+    tx = unitful(optax.sgd(0.5), u.mvolt, {"tau": jnp.ones(2) * u.second})
+    grads = {"tau": jnp.ones(2, "bfloat16") * u.mvolt / u.ms}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["tau"].dtype == jnp.bfloat16
+
+
+def test_the_checks_leave_nothing_in_the_program():
+    params, grads, _ = make_problem()
+    bare = {path: u.get_mantissa(leaf) for path, leaf in params.items()}
+
+    def count(tx, params, grads):
+        update = lambda params, grads: tx.update(grads, tx.init(params), params)[0]
+        return len(jax.make_jaxpr(update)(params, grads).eqns)
+
+    assert count(unitful(optax.adam(0.1), u.ms**2), params, grads) == count(
+        optax.adam(0.1), bare, {path: u.get_mantissa(leaf) for path, leaf in grads.items()}
+    )
+
+
+def test_one_trace_per_unit_and_the_state_can_be_carried():
+    params, _, loss = make_problem()
+    tx = unitful(optax.adam(0.1), u.ms**2)
+    gradient = vg.vector_grad(loss, "**", unit_aware=True)
+
+    def step(carry, _):
+        params, opt_state = carry
+        updates, opt_state = tx.update(gradient(params), opt_state, params)
+        return (vg.apply_updates(params, updates), opt_state), None
+
+    carry = (params, tx.init(params))
+    scanned, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3))(carry)
+    for _ in range(3):
+        carry, _ = step(carry, None)
+    assert tree_allclose(si(scanned[0]), si(carry[0]))
+    assert int(optax.tree.get(carry[1], "count")) == 3
+
+
+def update(tx, grads, **extra_args):
+    params, _, _ = make_problem()
+    return tx.update(grads, tx.init(params), params, **extra_args)
+
+
+def with_tau(grad):
+    return {**make_problem()[1], "tau": grad}
+
+
+REFUSED_GRADS = {
+    "own unit": (
+        with_tau(jnp.ones(2) * u.second),
+        "Got one in the unit of the parameter, as `jax.grad` makes it. Differentiate by",
+    ),
+    "bare": (with_tau(jnp.ones(2)), "one without a unit. Differentiate with `unit_aware=True`"),
+    "other unit": (with_tau(jnp.ones(2) * u.mvolt), "Got another one. Check `loss_unit`"),
+}
+
+
+@pytest.mark.parametrize(("grads", "match"), REFUSED_GRADS.values(), ids=REFUSED_GRADS.keys())
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_gradients_that_are_refused(grads, match, compiled):
+    # The square of a volt, so that the unit of the parameter is not that of the gradient.
+    tx = unitful(optax.adam(0.1), u.mvolt**2)
+    call = (
+        jax.jit(lambda grads: update(tx, grads))
+        if compiled
+        else lambda grads: update(tx, grads)
+    )
+    match = f"gradient at `tau` in the unit of the loss over that of the parameter. .*{match}"
+    with pytest.raises(u.UnitMismatchError, match=match):
+        call({**grads, "gain": jnp.ones(2) * u.mvolt**2})
+
+
+def test_a_gradient_in_the_own_unit_is_right_for_a_loss_of_its_square():
+    params, grads, _ = make_problem()
+    assert u.get_unit(grads["tau"]) == u.get_unit(params["tau"])
+    updates, _ = update(unitful(optax.sgd(1.0), u.ms**2), grads)
+    assert tree_allclose(u.get_mantissa(updates["tau"]), -u.get_mantissa(grads["tau"]))
+
+
+@pytest.mark.parametrize("loss_unit", [None, u.ms, u.mvolt**2], ids=str)
+def test_a_wrong_loss_unit_is_refused(loss_unit):
+    _, grads, _ = make_problem()
+    with pytest.raises(u.UnitMismatchError, match="Check `loss_unit`|in the unit of the param"):
+        update(unitful(optax.adam(0.1), loss_unit), grads)
+
+
+def test_a_value_of_another_dimension_is_refused():
+    _, grads, loss = make_problem()
+    tx = unitful(optax.lbfgs(), u.ms**2)
+    match = (
+        r"`unitful\(loss_unit=...\)` must have the dimension of the loss. Got `loss_unit` in"
+    )
+    with pytest.raises(u.UnitMismatchError, match=match):
+        update(tx, grads, value=1.0 * u.ms, grad=grads, value_fn=loss)
+    with pytest.raises(u.UnitMismatchError, match=match):
+        update(tx, grads, value=1.0 * u.ms**2, grad=grads, value_fn=lambda p: 1.0 * u.ms)
+
+
+def test_a_parameter_in_another_unit_than_on_init_is_refused():
+    params, grads, _ = make_problem()
+    tx = unitful(optax.adam(0.1), u.ms**2)
+    opt_state = tx.init(params)
+    for tau in (params["tau"].in_unit(u.second), u.get_mantissa(params["tau"])):
+        with pytest.raises(
+            u.UnitMismatchError, match="parameter at `tau` in the unit that it had"
+        ):
+            tx.update(grads, opt_state, {**params, "tau": tau})
+
+
+def test_a_path_that_was_not_there_on_init_is_refused():
+    _, grads, _ = make_problem()
+    with pytest.raises(
+        ValueError, match="had on `init`. Got one at `other`, beside `gain`, `tau`"
+    ):
+        update(unitful(optax.adam(0.1), u.ms**2), {**grads, "other": jnp.ones(2)})
+
+
+def test_a_scale_of_another_dimension_is_refused():
+    params, _, _ = make_problem()
+    for scale in ({"tau": 1.0 * u.mvolt}, {"tau": 1.0}, {"gain": 1.0 * u.ms}):
+        (name,) = scale
+        match = rf"`unitful\(scale=...\)` at `{name}` must have the dimension of the parameter"
+        with pytest.raises(u.UnitMismatchError, match=match):
+            unitful(optax.adam(0.1), u.ms**2, scale).init(params)
+
+
+def test_a_scale_at_an_unknown_path_is_refused():
+    params, _, _ = make_problem()
+    tx = unitful(optax.adam(0.1), u.ms**2, {"taw": 1.0 * u.ms})
+    with pytest.raises(ValueError, match="Got `taw`. Its nearest paths are `tau`"):
+        tx.init(params)
+
+
+def test_a_loss_unit_that_is_no_unit_is_refused():
+    with pytest.raises(TypeError, match=r"`unitful\(loss_unit=...\)` must be a unit, .* Got 3"):
+        unitful(optax.adam(0.1), 3)
