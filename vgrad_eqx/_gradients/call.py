@@ -7,7 +7,7 @@ which a Quantity is its number.
 import dataclasses
 import functools as ft
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -16,7 +16,6 @@ from .._references.values import StateValues
 from .._select.grad_states import GradStates
 from .._select.selectors import select
 from .._tree.flat import FlatTree, is_scalar, Rest
-from .._tree.units import split_units
 
 
 Func = Callable[..., Any]
@@ -25,96 +24,88 @@ Func = Callable[..., Any]
 class Call:
     """One call of `func`, as a function of the numbers by which it is differentiated."""
 
-    def __init__(
-        self,
-        name: str,
-        func: Func,
-        grad_states: GradStates | None,
-        argnums: int | tuple[int, ...] | None,
-        has_aux: bool | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ):
-        self._name = name
-        self._func = func
-        self._has_aux = has_aux
-        self._args = args
-        self._kwargs = kwargs
-        self.states = None
+    def __init__(self, transform: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.transform = transform
+        self.name = name = transform.operator.name
+        self._func, self._has_aux = transform.func, transform.has_aux
+        self._args, self._kwargs = args, kwargs
+        self._is_one_arg = not isinstance(transform.argnums, tuple)
+        grad_states, argnums = transform.grad_states, transform.argnums
+        self._inputs: list[Any] = []
         if grad_states is not None:
-            caller = f"{name}(grad_states=...)"
-            if grad_states.by_reference:
-                self.states = StateValues(grad_states, caller)
-            else:
-                self.states = _SelectedLeaves(func, args, grad_states, caller)
+            kind = StateValues if grad_states.by_reference else _SelectedLeaves
+            find = kind if grad_states.by_reference else ft.partial(kind, self._func, args)
+            self._inputs.append(find(grad_states, f"{name}(grad_states=...)"))
         elif not args:
             raise TypeError(
                 f"`{name}` differentiates positional arguments of `func`. Got none. Pass the "
                 "argument by position, not by keyword."
             )
-        if argnums is None:
-            argnums = () if grad_states is not None else 0
-        self._is_one_arg = not isinstance(argnums, tuple)
-        caller = f"{name}(argnums=...)"
-        positions = _find_positions(argnums, len(args), self.states, caller)
-        inputs = [] if self.states is None else [self.states]
-        self._inputs = [*inputs, *[_Argument(args, i, caller) for i in positions]]
-        self._spans: list[slice] = []
+        self.states = self._inputs[0] if self._inputs else None
+        if argnums is not None or grad_states is None:
+            caller = f"{name}(argnums=...)"
+            positions = _find_positions(argnums or 0, len(args), self.states, caller)
+            self._inputs += [_Argument(args, position, caller) for position in positions]
         self.diff: list[Any] = []
+        self._spans: list[slice] = []
         for each in self._inputs:
-            start = len(self.diff)
+            self._spans.append(slice(len(self.diff), len(self.diff) + len(each.diff)))
             self.diff += each.diff
-            self._spans.append(slice(start, len(self.diff)))
+        is_selected = isinstance(self.states, _SelectedLeaves)
+        self.num_selected = len(self.states.diff) if is_selected else 0
 
     def __call__(self, *diff: Any) -> tuple[tuple[Any, ...], "Output"]:
         """The numbers in the output of `func` that are differentiated, and the rest of it."""
         func, args = self._func, list(self._args)
         for each, span in zip(self._inputs, self._spans, strict=True):
             func = each.insert(func, args, diff[span])
-        value = func(*args, **self._kwargs)
-        if not self._has_aux:
-            return split_output(value, None, self._name)
-        return split_output(*_split_pair(value, self._name), self._name)
+        value, aux = func(*args, **self._kwargs), None
+        if self._has_aux:
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                raise TypeError(
+                    f"`{self.name}(has_aux=True)` needs a `func` that returns a pair `(value, "
+                    f"aux)`. Got {eqx.tree_pformat(value)}."
+                )
+            value, aux = value
+        return split_output(value, aux, self.name)
 
     @property
     def names(self) -> list[str]:
-        """The paths of what is differentiated."""
+        """The paths of what is differentiated. Those of selected leaves come first."""
         return [name for each in self._inputs for name in each.names]
 
     @property
-    def selected(self) -> list[str]:
-        """The paths of the selected leaves, which come first."""
-        return self.states.names if isinstance(self.states, _SelectedLeaves) else []
-
-    @property
     def units(self) -> list[Any]:
-        return [unit for each in self._inputs for unit in each.units or [None] * len(each.diff)]
+        units = [each.units or [None] * len(each.diff) for each in self._inputs]
+        return [unit for part in units for unit in part]
 
     def arrange(self, grads: Sequence[Any]) -> Any:
         """The derivatives as the user is to see them: by the states, the arguments, or both."""
         pairs = zip(self._inputs, self._spans, strict=True)
-        arranged = [each.arrange(grads[span]) for each, span in pairs]
-        return self._join(arranged, self.states is not None)
+        return self._join([each.arrange(grads[span]) for each, span in pairs])
 
     def arrange_second(self, rows: Sequence[Sequence[Any]]) -> Any:
         """The derivatives of derivatives. Those by one state and one argument are left out."""
         pairs = list(zip(self._inputs, self._spans, strict=True))
+        num_states = self.states is not None
         arranged = []
-        for part, span in pairs:
-            is_state = part is self.states
-            by = [pair for pair in pairs if (pair[0] is self.states) == is_state]
+        for i, (part, span) in enumerate(pairs):
+            others = pairs[:num_states] if i < num_states else pairs[num_states:]
             entries = [
-                self._join([each.arrange(row[place]) for each, place in by], is_state)
+                self._join([each.arrange(row[by]) for each, by in others], i < num_states)
                 for row in rows[span]
             ]
             arranged.append(part.arrange(entries))
-        return self._join(arranged, self.states is not None)
+        return self._join(arranged)
 
-    def _join(self, arranged: list[Any], has_states: bool) -> Any:
-        var_grads, arg_grads = arranged[:has_states], arranged[has_states:]
+    def _join(self, arranged: list[Any], num_states: int | None = None) -> Any:
+        """The derivatives by the states, and those by the arguments, as these were named."""
+        if num_states is None:
+            num_states = self.states is not None
+        arg_grads = arranged[num_states:]
         if arg_grads and not self._is_one_arg:
             arg_grads = [tuple(arg_grads)]
-        results = [*var_grads, *arg_grads]
+        results = [*arranged[:num_states], *arg_grads]
         return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -126,34 +117,35 @@ class _Argument:
         self._flat = flat = FlatTree(args[position])
         indices = [0] if is_scalar(flat.tree) else flat.differentiable
         if not indices:
+            way_out = "`jnp.asarray(x, float)`" if flat.units is None else "`1.0 * x`"
             raise TypeError(
                 f"`{caller}` must name an argument with an inexact array in it, or "
                 f"a float. Got argument {position}: {eqx.tree_pformat(flat.tree)}, in which "
-                f"nothing can be differentiated. {_explain_conversion(flat)}"
+                f"nothing can be differentiated. Convert numbers by {way_out}."
             )
-        self._split = flat.split(indices)
-        self.diff, self.units = self._split.diff, self._split.rest.units
+        split = flat.split(indices)
+        self.diff, self.units, self._rest = split.diff, split.rest.units, split.rest
 
     @property
     def names(self) -> list[str]:
-        names = [self._flat.names[i] for i in self._split.rest.indices]
+        names = [self._flat.names[i] for i in self._rest.indices]
         return [f"args[{self._position}]" + (name and f".{name}") for name in names]
 
     def insert(self, func: Func, args: list[Any], diff: Sequence[Any]) -> Func:
         """Puts these numbers into `args`. Returns the function to call."""
-        args[self._position] = self._split.rest.combine(diff)
+        args[self._position] = self._rest.combine(diff)
         return func
 
     def arrange(self, grads: Sequence[Any]) -> Any:
         """The gradients in the structure of the argument."""
-        return self._split.rest.arrange(grads)
+        return self._rest.arrange(grads)
 
 
 class _SelectedLeaves:
     """The state tree, of which the selected leaves are differentiated."""
 
     def __init__(self, func: Func, args: Sequence[Any], grad_states: GradStates, caller: str):
-        self._grad_states = grad_states
+        self._structure = grad_states.structure
         self._owner = _find_owner(func)
         self.in_args = self._owner is None
         if self.in_args and not args:
@@ -161,18 +153,18 @@ class _SelectedLeaves:
                 f"`{caller}` selects leaves of the first positional argument of `func`. "
                 "Got no positional argument."
             )
-        self._flat = flat = FlatTree(args[0] if self._owner is None else self._owner.tree)
-        self._selections = [select(flat, each, caller) for each in grad_states.entries]
-        indices = dict.fromkeys([i for each in self._selections for i in each.indices])
-        self._split = flat.split(list(indices))
-        self.diff, self.units = self._split.diff, self._split.rest.units
-
-    @property
-    def names(self) -> list[str]:
-        return [self._flat.names[i] for i in self._split.rest.indices]
+        flat = FlatTree(args[0] if self._owner is None else self._owner.tree)
+        self._selections = []
+        by_index = {}  # because several selections may share leaves
+        for selector in grad_states.entries:
+            self._selections.append(selection := select(flat, selector, caller))
+            by_index.update(zip(*selection, strict=True))
+        split = flat.split(list(by_index))
+        self.diff, self.units, self._rest = split.diff, split.rest.units, split.rest
+        self.names = list(by_index.values())
 
     def insert(self, func: Func, args: list[Any], diff: Sequence[Any]) -> Func:
-        tree = self._split.rest.combine(diff)
+        tree = self._rest.combine(diff)
         if self._owner is not None:
             return self._owner.rebuild(tree)
         args[0] = tree
@@ -180,21 +172,9 @@ class _SelectedLeaves:
 
     def arrange(self, grads: Sequence[Any]) -> Any:
         """The gradients by path, in the structure of `grad_states`."""
-        if len(self._selections) == 1:
-            dicts = [dict(zip(self._selections[0].names, grads, strict=True))]
-        else:
-            by_index = dict(zip(self._split.rest.indices, grads, strict=True))
-            dicts = [
-                {name: by_index[i] for i, name in zip(*selection, strict=True)}
-                for selection in self._selections
-            ]
-        return self._grad_states.unflatten(dicts)
-
-
-def _explain_conversion(flat: FlatTree) -> str:
-    if split_units(flat.leaves)[1] is not None:
-        return "Make the number in the Quantity a float, say by `1.0 * x`."
-    return "Convert numbers by `jnp.asarray(x, float)`."
+        by_name = dict(zip(self.names, grads, strict=True))
+        dicts = [{name: by_name[name] for name in each.names} for each in self._selections]
+        return jtu.tree_unflatten(self._structure, dicts)
 
 
 def _find_positions(
@@ -296,21 +276,19 @@ class Output:
 
     arrays: Sequence[Any]
     finals: Sequence[Any]
-    rest: Rest
-    names: Sequence[str]  # of all leaves of the output, if there are several to differentiate
+    rest: Rest  # of the pair of both, without the differentiated numbers and the arrays
+    names: Sequence[str]  # of the differentiated numbers, if there are several
 
     @property
-    def num_diff(self) -> int:
-        return len(self.rest.indices) - len(self.arrays)
+    def indices(self) -> Sequence[int]:
+        """Where the differentiated numbers are among the leaves of the output."""
+        return self.rest.indices[: len(self.rest.indices) - len(self.arrays)]
 
     @property
-    def units(self) -> list[Any]:
-        """The units of the numbers that are differentiated."""
-        return [*(self.rest.units or [None] * self.num_diff)][: self.num_diff]
-
-    @property
-    def diff_names(self) -> list[str]:
-        return [self.names[i] for i in self.rest.indices[: self.num_diff]]
+    def units(self) -> Sequence[Any]:
+        """The units of the differentiated numbers."""
+        num_diff = len(self.indices)
+        return [None] * num_diff if self.rest.units is None else self.rest.units[:num_diff]
 
     @property
     def structure(self) -> Any:
@@ -322,40 +300,27 @@ class Output:
         return self.rest.combine([*numbers, *self.arrays])
 
     def arrange(self, entries: Sequence[Any]) -> Any:
-        """An entry in the place of each differentiated leaf, and `None` in the others."""
-        indices = self.rest.indices[: self.num_diff]
-        return Rest(self.structure, (), indices, None).arrange(entries)
-
-    def replace(self, finals: Sequence[Any]) -> Self:
-        return dataclasses.replace(self, finals=finals)
+        """An entry in the place of each differentiated number, and `None` in the others."""
+        return Rest(self.structure, (), self.indices, None).arrange(entries)
 
 
 def split_output(value: Any, aux: Any, name: str) -> tuple[tuple[Any, ...], Output]:
-    """The inexact leaves of `value`, and what remains."""
-    flat = FlatTree(value)
-    scalars = [i for i, leaf in enumerate(flat.leaves) if is_scalar(leaf)]
-    diff = sorted([*flat.differentiable, *scalars]) if scalars else flat.differentiable
+    """The numbers of the inexact leaves of `value`, and what remains."""
+    flat = FlatTree((value, aux))
+    num_leaves, inexact = flat.structure.children()[0].num_leaves, set(flat.differentiable)
+    diff, arrays = [], []
+    for i, leaf in enumerate(flat.numbers):
+        if i < num_leaves and (i in inexact or isinstance(leaf, float | complex)):
+            diff.append(i)
+        elif eqx.is_array(leaf):
+            arrays.append(i)
     if not diff:
         raise TypeError(
             f"`{name}(func=...)` must return an inexact array or a float, or a pytree with "
             f"one in it. Got {eqx.tree_pformat(value)}, in which nothing can be "
             "differentiated."
         )
-    whole = FlatTree((value, aux))
-    numbers, _ = split_units(whole.leaves)
-    chosen = set(diff)
-    arrays = [i for i, x in enumerate(numbers) if i not in chosen and eqx.is_array(x)]
-    parts = whole.split([*diff, *arrays])
-    names = tuple(flat.names) if len(diff) > 1 else ("",) * len(flat.leaves)
-    output = Output(parts.diff[len(diff) :], (), parts.rest, names)
-    return tuple(parts.diff[: len(diff)]), output
-
-
-def _split_pair(out: Any, name: str) -> tuple[Any, Any]:
-    if not isinstance(out, tuple | list) or len(out) != 2:
-        raise TypeError(
-            f"`{name}(has_aux=True)` needs a `func` that returns a pair `(value, aux)`. Got "
-            f"{eqx.tree_pformat(out)}."
-        )
-    value, aux = out
-    return value, aux
+    split = flat.split([*diff, *arrays])
+    names = ("",) if len(diff) == 1 else tuple(map(FlatTree(value).names.__getitem__, diff))
+    output = Output(split.diff[len(diff) :], (), split.rest, names)
+    return tuple(split.diff[: len(diff)]), output

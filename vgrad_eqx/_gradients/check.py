@@ -16,39 +16,43 @@ from typing import Any
 import jax.tree_util as jtu
 
 from .._tree.text import shorten
+from .call import Call
 
 
-def refuse_unreached(linear: Any, num_tangents: int, names: Sequence[str], caller: str) -> None:
-    """Raises if no output of a linear program depends on one of its first tangents.
+class UsesReferences(Exception):
+    """A linear program would use references, which may have other values by then.
 
-    `linear` is what `jax.vjp` or `jax.linearize` returns for so many inputs, and `names` are
-    those of the first of them.
+    That is where a `jax.checkpoint` computes again what it has computed before, and JAX (0.12)
+    does not notice.
     """
-    jaxpr, tangents = _find_tangents(linear, num_tangents)
+
+
+def refuse_unreached(linear: Any, func: Any, call: Call) -> None:
+    """Raises if no output of a linear program depends on one of the selected leaves.
+
+    `linear` is what `jax.vjp` or `jax.linearize` has returned for a `func`: the call itself,
+    or one that was traced and takes values instead of references.
+    """
+    jaxpr, tangents = _find_tangents(linear, len(call.diff))
+    if jaxpr.effects and func is call and any(hasattr(x, "input") for x in jaxpr.effects):
+        raise UsesReferences
+    if not call.transform.check_states or not call.num_selected:
+        return
     reaching = {id(var) for var in jaxpr.outvars}
     for eqn in reversed(jaxpr.eqns):
         if not reaching.isdisjoint(map(id, eqn.outvars)):
             reaching.update(map(id, eqn.invars))
-    pairs = zip(names, tangents, strict=False)
-    unreached = [f"`{name}`" for name, var in pairs if id(var) not in reaching]
+    selected = tangents[: call.num_selected]
+    unreached = [i for i, var in enumerate(selected) if id(var) not in reaching]
     if unreached:
+        names = [f"`{call.names[i]}`" for i in unreached]
         raise ValueError(
-            f"`{caller}` must select leaves on which the output of `func` depends. It does not "
-            f"depend on {shorten(unreached)}. No gradient reaches what is behind "
-            "`stop_gradient` either. Narrow the selector, say by `& ~vg.path(...)`, or for a "
-            "model with frozen wrappers by `~vg.instance(paramax.NonTrainable)`; or pass "
-            "`check_states=False` to get zeros."
+            f"`{call.name}(grad_states=...)` must select leaves on which the output of `func` "
+            f"depends. It does not depend on {shorten(names)}. "
+            "No gradient reaches what is behind `stop_gradient` either. Narrow the selector, "
+            "say by `& ~vg.path(...)`, or for a model with frozen wrappers by "
+            "`~vg.instance(paramax.NonTrainable)`; or pass `check_states=False` to get zeros."
         )
-
-
-def uses_references(linear: Any, num_tangents: int) -> bool:
-    """Whether a linear program reads or sets references when it is evaluated.
-
-    That is where a `jax.checkpoint` computes again what it has computed before, when the
-    references may have other values. JAX (0.12) does not notice.
-    """
-    jaxpr, _ = _find_tangents(linear, num_tangents)
-    return any(hasattr(effect, "input") for effect in jaxpr.effects)
 
 
 def _find_tangents(linear: Any, num_tangents: int) -> tuple[Any, Sequence[Any]]:

@@ -13,36 +13,31 @@ from .._tree.units import (
     scale_number,
     split_unit,
 )
-from .call import Output
+from .call import Call, Output
 
 
 def make_cotangents(
-    cotangent: Any, numbers: Sequence[Any], output: Output, name: str, unit_aware: bool
+    numbers: Sequence[Any], output: Output, call: Call
 ) -> tuple[tuple[Any, ...], Any]:
     """The cotangent of each differentiated output, and the unit of their sum."""
-    if cotangent is None:
-        cotangents, units = tuple(map(jnp.ones_like, numbers)), output.units
-        text = (
-            f"`{name}(func=...)` must return outputs of one dimension, because it adds them up."
-        )
-    else:
+    name, cotangent = call.name, call.transform.cotangent
+    cotangents, units = tuple(map(jnp.ones_like, numbers)), output.units
+    text = f"`{name}(func=...)` must return outputs of one dimension, because it adds them up."
+    if cotangent is not None:
         cotangents, units = _parse_cotangent(cotangent, numbers, output, name)
         text = (
             f"`{name}(cotangent=...)` times the output must have one dimension, because it is "
             "added up."
         )
-    if all(unit is None for unit in units):
-        return cotangents, None
-    factors = find_factors(units, text, output.diff_names)
-    if unit_aware:
+    factors = find_factors(units, text, output.names)
+    if call.transform.unit_aware:
         return tuple(map(scale_number, cotangents, factors)), units[0]
     if any(factor != 1.0 for factor in factors):
-        listed = [
-            f"`{path}` in {unit}" for path, unit in zip(output.diff_names, units, strict=True)
-        ]
+        pairs = zip(output.names, units, strict=True)
         raise_mismatch(
             f"`{name}(unit_aware=False)` adds up bare numbers, so all outputs must have one "
-            f"unit. Got {', '.join(listed)}. Convert them to one, or pass `unit_aware=True`",
+            f"unit. Got {', '.join(f'`{path}` in {unit}' for path, unit in pairs)}. Convert "
+            "them to one, or pass `unit_aware=True`",
             *units,
         )
     return cotangents, units[0]
@@ -63,8 +58,7 @@ def _parse_cotangent(
             f"{eqx.tree_pformat(given)}."
         ) from error
     cotangents, units = [], []
-    indices = output.rest.indices[: output.num_diff]
-    for i, number, unit in zip(indices, numbers, output.units, strict=True):
+    for i, number, unit in zip(output.indices, numbers, output.units, strict=True):
         entry, own_unit = split_unit(entries[i])
         cotangents.append(_parse_number(entry, number, caller))
         units.append(multiply_units(own_unit, unit))

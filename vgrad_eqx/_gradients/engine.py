@@ -19,22 +19,15 @@ import jax.tree_util as jtu
 from .._references.trace import trace
 from .._references.values import StateValues
 from .._select.grad_states import GradStates, parse_grad_states
+from .._tree import state
 from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
-from .._tree.state import (
-    is_about_references,
-    Journal,
-    journals,
-    set_by_compiled,
-    states_exist,
-    write,
-)
 from .._tree.text import name_shapes
 from .._tree.units import attach_unit, divide_units, find_quotient, scale_number
 from .argnums import parse_argnums
 from .call import Call, Output
-from .check import refuse_unreached, uses_references
+from .check import refuse_unreached, UsesReferences
 from .cotangents import make_cotangents
 from .finite import raise_if_not_finite
 
@@ -51,21 +44,10 @@ class Row:
     unit: Any
 
 
-class Context(NamedTuple):
-    """What a rule may know of a call beside its numbers."""
-
-    name: str
-    names: Callable[[], Sequence[str]]
-    # Takes what `jax.vjp` or `jax.linearize` returned.
-    check: Callable[[Any], None]
-    # Takes the outputs to differentiate and the rest. Gives cotangents, and a unit.
-    seed: Callable[[Sequence[Any], Output], tuple[Sequence[Any], Any]]
-
-
-# Takes a function from arrays to a tuple of arrays and an `Output`, and its arguments. Returns
-# what the function does, and the derivatives.
+# Takes a function from arrays to a tuple of arrays and an `Output`, where to differentiate it,
+# and the call that it is of. Gives what the function does, and the derivatives.
 Rule = Callable[
-    [Callable[..., Any], Sequence[Any], Context],
+    [Callable[..., Any], Sequence[Any], Call],
     tuple[Sequence[Any], Output, Sequence[Row]],
 ]
 
@@ -115,10 +97,6 @@ class GradientTransform(eqx.Module):
     debug_nan: bool = eqx.field(static=True)
 
     @property
-    def name(self) -> str:
-        return self.operator.name
-
-    @property
     def __wrapped__(self) -> Callable[..., Any]:
         return self.func
 
@@ -126,65 +104,47 @@ class GradientTransform(eqx.Module):
         return self if instance is None else eqx.Partial(self, instance)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        options = self.grad_states, self.argnums, self.has_aux
-        call = Call(self.name, self.func, *options, args, kwargs)
-        differentiate = self._differentiate
+        call = Call(self, args, kwargs)
         if isinstance(call.states, StateValues) or _closes_over_ref(self.func):
-            differentiate = self._differentiate_over_values
-        numbers, output, rows, written = differentiate(call)
-        if self.debug_nan:
-            self._check_finite(call, rows)
-        _set_states(written, output.finals)
+            numbers, output, rows = self._differentiate_over_values(call)
+        else:
+            numbers, output, rows = self._differentiate(call)
         results = [self._arrange(call, output, rows)]
         if self.return_value or self.has_aux:
             value, aux = output.combine(numbers)
             results += [value] * self.return_value + [aux] * bool(self.has_aux)
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _make_context(self, call: Call, is_direct: bool) -> Context:
-        def check(linear: Any) -> None:
-            if is_direct and uses_references(linear, len(call.diff)):
-                raise _UsesReferencesLater
-            if self.check_states and call.selected:
-                caller = f"{self.name}(grad_states=...)"
-                refuse_unreached(linear, len(call.diff), call.selected, caller)
-
-        def seed(numbers: Sequence[Any], output: Output) -> Any:
-            return make_cotangents(self.cotangent, numbers, output, self.name, self.unit_aware)
-
-        return Context(self.name, lambda: call.names, check, seed)
-
     def _differentiate(self, call: Call) -> Any:
         """The direct road: JAX differentiates `func` as it is."""
-        rule = ft.partial(self.operator.rule, context=self._make_context(call, True))
-        if not states_exist.is_set():
-            return *rule(call, call.diff), ()
+        if not state.exists.is_set():
+            return self._apply_rule(call, call.diff, call)
         if isinstance(jnp.zeros(()), jax.core.Tracer):
-            return self._differentiate_apart(rule, call)
-        journal = Journal()
-        for ref in set_by_compiled:
+            return self._differentiate_apart(call)
+        journal = state.Journal()
+        for ref in state.set_by_compiled:
             journal.record(ref)
-        journals.active.append(journal)
+        state.journals.active.append(journal)
         try:
-            return *rule(call, call.diff), ()
+            return self._apply_rule(call, call.diff, call)
         except BaseException as error:
             journal.restore()
-            if not _needs_replay(error):
+            if not _is_about_references(error):
                 raise
         finally:
-            journals.active.remove(journal)
+            state.journals.active.remove(journal)
         return self._differentiate_over_values(call)
 
-    def _differentiate_apart(self, rule: Any, call: Call) -> Any:
+    def _differentiate_apart(self, call: Call) -> Any:
         """The direct road while JAX traces, in a trace of its own, which may be given up."""
-        apart = jax.jit(lambda *diff: rule(call, diff))
+        apart = jax.jit(lambda *diff: self._apply_rule(call, diff, call))
         try:
             apart.trace(*call.diff)
         except Exception as error:
-            if not _needs_replay(error):
+            if not _is_about_references(error):
                 raise
             return self._differentiate_over_values(call)
-        return *apart(*call.diff), ()  # as it was traced
+        return apart(*call.diff)  # as it was traced
 
     def _differentiate_over_values(self, call: Call) -> Any:
         """The road of references: `func` is traced, and JAX differentiates it over values."""
@@ -192,78 +152,51 @@ class GradientTransform(eqx.Module):
             traced = trace(call, call.diff)
         except _LOOKS_AT_VALUES as error:
             raise TypeError(
-                f"`{self.name}` traces `func`, because it uses states by reference. So `func` "
+                f"`{call.name}` traces `func`, because it uses states by reference. So `func` "
                 "cannot decide by the value of an array, as `if`, `bool`, `int`, `float` and "
                 "NumPy do. Use `jnp.where`, `jax.lax.cond` or `jax.lax.while_loop`, or decide "
                 "by a Python number that is passed as an argument."
             ) from error
-        trained = {}
-        if isinstance(call.states, StateValues):
-            trained = call.states.refs
-            if self.check_states:
-                self._refuse_untouched(call.states.find_untouched(traced.refs))
-        evaluate = traced.over_values(trained)
+        values = call.states if isinstance(call.states, StateValues) else None
+        if self.check_states and values is not None:
+            values.refuse_untouched(traced.refs, f"{call.name}(grad_states=...)")
+        evaluate = traced.over_values({} if values is None else values.refs)
 
         def replay(*diff: Any) -> Any:
             (numbers, output), finals = evaluate(*diff)
-            return numbers, output.replace(finals=finals)
+            return numbers, dataclasses.replace(output, finals=finals)
 
-        context = self._make_context(call, is_direct=False)
-        return *self.operator.rule(replay, call.diff, context), traced.written
+        numbers, output, rows = self._apply_rule(replay, call.diff, call)
+        for ref, value in zip(traced.written, output.finals, strict=True):
+            state.write(ref, value, "A state that `func` sets")
+        return numbers, output, rows
 
-    def _refuse_untouched(self, untouched: Sequence[str]) -> None:
-        if untouched:
-            raise ValueError(
-                f"`{self.name}(grad_states=...)` must name states that `func` reads. It does "
-                f"not touch {'; '.join(untouched)}. Leave them out, or pass "
-                "`check_states=False` to get zeros."
-            )
-
-    def _check_finite(self, call: Call, rows: Sequence[Row]) -> None:
-        pairs = [
-            (array, name)
-            for row in rows
-            for block, name in zip(row.grads, call.names, strict=True)
-            for array in jtu.tree_leaves(block)
-        ]
-        arrays, names = zip(*pairs, strict=True)
-        raise_if_not_finite(arrays, names, f"{self.name}(debug_nan=True)")
+    def _apply_rule(self, func: Any, diff: Sequence[Any], call: Call) -> Any:
+        numbers, output, rows = self.operator.rule(func, diff, call)
+        if self.debug_nan:
+            blocks = [
+                block for row in rows for block in zip(row.grads, call.names, strict=True)
+            ]
+            pairs = [
+                (array, name) for block, name in blocks for array in jtu.tree_leaves(block)
+            ]
+            raise_if_not_finite(pairs, f"{call.name}(debug_nan=True)")
+        return numbers, output, rows
 
     def _arrange(self, call: Call, output: Output, rows: Sequence[Row]) -> Any:
         """The derivatives with their units, in the places of the outputs and the leaves."""
-        if self.unit_aware:
-            rows = [self._attach_units(row, call.units) for row in rows]
         arrange = call.arrange if self.operator.order == 1 else call.arrange_second
-        arranged = [arrange(row.grads) for row in rows]
+        arranged = []
+        for row in rows:
+            grads = row.grads
+            if self.unit_aware and self.operator.order == 1:
+                grads = _divide_row(grads, row.unit, call.units, self.operator.power)
+            elif self.unit_aware:
+                firsts = [find_quotient(row.unit, by) for by in call.units]
+                pairs = zip(grads, firsts, strict=True)
+                grads = [_divide_row(second, unit, call.units) for second, unit in pairs]
+            arranged.append(arrange(grads))
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
-
-    def _attach_units(self, row: Row, units: Sequence[Any]) -> Row:
-        if self.operator.order == 1:
-            return Row(_divide_row(row.grads, row.unit, units, self.operator.power), None)
-        firsts = [find_quotient(row.unit, by) for by in units]
-        pairs = zip(row.grads, firsts, strict=True)
-        return Row([_divide_row(second, unit, units) for second, unit in pairs], None)
-
-
-class _UsesReferencesLater(Exception):
-    """JAX would use references in the backward pass, when they may have other values."""
-
-
-def _needs_replay(error: BaseException) -> bool:
-    return isinstance(error, _UsesReferencesLater) or is_about_references(error)
-
-
-def _closes_over_ref(func: Any) -> bool:
-    """Whether a function names a bare `jax.Ref`, which nothing can set back."""
-    if not isinstance(func, types.FunctionType):
-        return False
-    held = [func.__globals__.get(name) for name in func.__code__.co_names]
-    for cell in func.__closure__ or ():
-        try:
-            held.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
-            continue
-    return any(isinstance(value, jax.Ref) for value in held)
 
 
 _LOOKS_AT_VALUES = (
@@ -274,10 +207,24 @@ _LOOKS_AT_VALUES = (
 )
 
 
-def _set_states(refs: Sequence[jax.Ref], values: Sequence[Any]) -> None:
-    """Gives references the values that `func` has left in them."""
-    for ref, value in zip(refs, values, strict=True):
-        write(ref, value, "A state that `func` sets")
+def _is_about_references(error: BaseException) -> bool:
+    return isinstance(error, UsesReferences) or state.is_about_references(error)
+
+
+def _closes_over_ref(func: Any) -> bool:
+    """Whether a function names a bare `jax.Ref`, which nothing could set back."""
+    if not isinstance(func, types.FunctionType):
+        return False
+    for name in func.__code__.co_names:
+        if isinstance(func.__globals__.get(name), jax.Ref):
+            return True
+    for cell in func.__closure__ or ():
+        try:
+            if isinstance(cell.cell_contents, jax.Ref):
+                return True
+        except ValueError:  # not assigned yet
+            continue
+    return False
 
 
 def _divide_row(
@@ -294,37 +241,31 @@ def _divide_row(
     return divided
 
 
-def pull_back(func: Callable[..., Any], diff: Sequence[Any], context: Context) -> Any:
-    """`vector_grad`: one product of cotangents and the Jacobian."""
+def pull_back(
+    func: Callable[..., Any], diff: Sequence[Any], call: Call, of_scalar: bool = False
+) -> Any:
+    """`vector_grad` and `grad`: one product of cotangents and the Jacobian."""
     numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
-    context.check(pull)
-    cotangents, unit = context.seed(numbers, output)
+    if of_scalar and (numbers[1:] or jnp.ndim(numbers[0]) or jnp.iscomplexobj(numbers[0])):
+        raise TypeError(
+            f"`{call.name}(func=...)` must return a real scalar. Got outputs of "
+            f"{name_shapes(numbers)}. Use `vector_grad` for the gradient of the sum of all "
+            "outputs, or `jacrev` for all derivatives."
+        )
+    refuse_unreached(pull, func, call)
+    cotangents, unit = tuple(map(jnp.ones_like, numbers)), None
+    if call.transform.cotangent is not None or output.rest.units is not None:
+        cotangents, unit = make_cotangents(numbers, output, call)
     grads = pull(cotangents)
-    if is_any_traced(diff) and jax.device_count() > 1:
+    if jax.device_count() > 1 and is_any_traced(diff):
         grads = shard_like(grads, diff)
     return numbers, output, [Row(grads, unit)]
 
 
-def pull_back_scalar(func: Callable[..., Any], diff: Sequence[Any], context: Context) -> Any:
-    """`grad`: the same for one real number."""
-
-    def return_scalar(*diff: Any) -> Any:
-        numbers, output = func(*diff)
-        if len(numbers) != 1 or jnp.ndim(numbers[0]) != 0 or jnp.iscomplexobj(numbers[0]):
-            raise TypeError(
-                f"`{context.name}(func=...)` must return a real scalar. Got outputs of "
-                f"{name_shapes(numbers)}. Use `vector_grad` for the gradient of the sum of all "
-                "outputs, or `jacrev` for all derivatives."
-            )
-        return numbers, output
-
-    return pull_back(return_scalar, diff, context)
-
-
-def pull_back_rows(func: Callable[..., Any], diff: Sequence[Any], context: Context) -> Any:
+def pull_back_rows(func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
     """`jacrev`: a product for each element of the outputs, all at once."""
     numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
-    context.check(pull)
+    refuse_unreached(pull, func, call)
 
     # JAX's Jacobian, of a function that has been differentiated already.
     @jax.custom_vjp
@@ -336,12 +277,10 @@ def pull_back_rows(func: Callable[..., Any], diff: Sequence[Any], context: Conte
     return numbers, output, list(map(Row, blocks, output.units))
 
 
-def push_forward_columns(
-    func: Callable[..., Any], diff: Sequence[Any], context: Context
-) -> Any:
+def push_forward_columns(func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
     """`jacfwd`: a product for each element of the leaves, all at once."""
     numbers, push, output = jax.linearize(func, *diff, has_aux=True)
-    context.check(push)
+    refuse_unreached(push, func, call)
 
     @jax.custom_jvp
     def evaluated(*diff: Any) -> Any:
@@ -352,11 +291,11 @@ def push_forward_columns(
     return numbers, output, list(map(Row, blocks, output.units))
 
 
-def push_forward_rows(func: Callable[..., Any], diff: Sequence[Any], context: Context) -> Any:
+def push_forward_rows(func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
     """`hessian`: forward over reverse."""
 
     def differentiate(*diff: Any) -> Any:
-        numbers, output, rows = pull_back_rows(func, diff, context)
+        numbers, output, rows = pull_back_rows(func, diff, call)
         return [row.grads for row in rows], (numbers, output)
 
     transform = jax.jacfwd(differentiate, argnums=tuple(range(len(diff))), has_aux=True)

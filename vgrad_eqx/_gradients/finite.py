@@ -10,10 +10,10 @@ import numpy as np
 from jax import Array
 
 
-def raise_if_not_finite(grads: Sequence[Array], names: Sequence[str], caller: str) -> None:
+def raise_if_not_finite(grads: Sequence[tuple[Array, str]], caller: str) -> None:
     """Raises if a gradient holds a NaN or an infinity, also from compiled code."""
-    faults = jnp.stack([_faults(grad) for grad in grads])
-    report = ft.partial(_report, names=tuple(names), caller=caller)
+    faults = jnp.stack([_faults(grad) for grad, _ in grads])
+    report = ft.partial(_report, names=tuple([name for _, name in grads]), caller=caller)
     if isinstance(faults, jax.core.Tracer):
         # `eqx.error_if` would do, but for its message, which cannot depend on values.
         jax.debug.callback(report, faults)

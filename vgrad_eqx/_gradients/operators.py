@@ -1,5 +1,6 @@
 """The operators: `vector_grad`, which explains all options, and its siblings."""
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -10,10 +11,12 @@ from .engine import (
     Operator,
     pull_back,
     pull_back_rows,
-    pull_back_scalar,
     push_forward_columns,
     push_forward_rows,
 )
+
+
+_PULL_BACK_SCALAR = ft.partial(pull_back, of_scalar=True)
 
 
 @overload
@@ -207,7 +210,7 @@ def grad(
 
     **Source:** `jax.grad`, JAX 0.10; `brainstate.transform.grad`, brainstate 0.5.
     """
-    return make_transform(Operator("grad", pull_back_scalar, adds_up=True), **locals())
+    return make_transform(Operator("grad", _PULL_BACK_SCALAR, adds_up=True), **locals())
 
 
 def jacrev(

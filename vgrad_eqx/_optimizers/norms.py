@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .._select.selectors import check_names
 from .._tree.flat import FlatTree
 from .._tree.units import attach_unit, split_unit
 
@@ -36,7 +37,7 @@ def grad_norms(var_grads: Any) -> dict[str, Any]:
         {'a': 5.0, 'b': 0.0}
     """
     flat = FlatTree(var_grads)
-    flat.check_names(flat.differentiable)
+    check_names(flat, flat.differentiable)
     if not flat.differentiable:
         raise ValueError(
             "`grad_norms(var_grads=...)` must hold inexact arrays. Got a "

@@ -52,11 +52,16 @@ class StateValues:
                 names[id(ref)] = f"{name}.{inner[i]}".strip(".")
         return [names[key] for key in self.refs]
 
-    def find_untouched(self, touched: Iterable[jax.Ref]) -> list[str]:
-        """The states of which no reference is among these."""
+    def refuse_untouched(self, touched: Iterable[jax.Ref], caller: str) -> None:
+        """Raises if no reference of some state is among these."""
         ids = set(map(id, touched))
         untouched = [ids.isdisjoint(map(id, each.diff)) for each in self._contents]
-        return self._describe(untouched) if any(untouched) else []
+        if any(untouched):
+            raise ValueError(
+                f"`{caller}` must name states that `func` reads. It does not touch "
+                f"{'; '.join(self._describe(untouched))}. Leave them out, or pass "
+                "`check_states=False` to get zeros."
+            )
 
     def _describe(self, chosen: Sequence[bool]) -> list[str]:
         pairs = zip(self._grad_states.names, self._grad_states.entries, strict=True)

@@ -366,16 +366,16 @@ class Selection(NamedTuple):
 
     @classmethod
     def of(cls, flat: FlatTree, indices: Sequence[int]) -> "Selection":
-        names = flat.names
-        chosen = sorted(indices, key=names.__getitem__)
-        return cls(tuple(chosen), tuple([names[i] for i in chosen]))
+        chosen = sorted(indices, key=flat.names.__getitem__)
+        return cls(tuple(chosen), tuple([flat.names[i] for i in chosen]))
 
 
 def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     """Chooses among the differentiable leaves of `flat`."""
-    flat.check_names(flat.differentiable)
+    candidates = flat.differentiable
+    check_names(flat, candidates)
     mask = selector.mask(flat)
-    indices = [i for i in flat.differentiable if mask[i]]
+    indices = [i for i in candidates if mask[i]]
     if not indices:
         raise ValueError(
             f"`{caller}` must select inexact arrays. Got {selector!r}, which selects "
@@ -390,7 +390,7 @@ def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     states = find_states(flat.leaves)
     if not states:
         return select(flat, selector, caller)
-    flat.check_names([*flat.differentiable, *states])
+    check_names(flat, [*flat.differentiable, *states])
     mask = selector.mask(flat)
     chosen = [i for i in states if mask[i]]
     if not chosen:
@@ -404,6 +404,19 @@ def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
             "by `~vg.instance(vg.State)`."
         )
     return Selection.of(flat, chosen)
+
+
+def check_names(flat: FlatTree, indices: Sequence[int]) -> None:
+    """Refuses two leaves with one dotted path."""
+    all_names = flat.names
+    names = [all_names[i] for i in indices]
+    if len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        both = [jtu.keystr(flat.key_paths[i]) for i in indices if all_names[i] == twice]
+        raise ValueError(
+            f"Two leaves share the dotted path `{twice}`: `{'` and `'.join(both)}`. "
+            "Gradients are named by that path, so rename one of the keys."
+        )
 
 
 def _describe_chosen(flat: FlatTree, mask: Any) -> str:

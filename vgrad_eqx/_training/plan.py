@@ -11,11 +11,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 
 from .._gradients.call import split_output
-from .._gradients.cotangents import make_cotangents
 from .._gradients.engine import make_transform, Operator, pull_back
 from .._optimizers.norms import grad_norms
 from .._tree.sharding import constrain, find_sharding, spread
-from .._tree.units import attach_unit
+from .._tree.units import attach_unit, find_factors, scale_number
 from .accumulation import check_leading_axis
 from .packing import Packing
 
@@ -168,9 +167,10 @@ class Plan(abc.ABC):
     def average(self, value: Any) -> Any:
         """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
         numbers, output = split_output(value, None, "train_step")
-        weights, unit = make_cotangents(None, numbers, output, "train_step", unit_aware=True)
-        total = sum(jnp.sum(weight * x) for weight, x in zip(weights, numbers, strict=True))
-        return attach_unit(total / self.options.accumulate, unit)
+        text = "`train_step(func=...)` must return outputs of one dimension."
+        factors = find_factors(output.units, text, output.names)
+        total = sum(jnp.sum(scale_number(x, f)) for x, f in zip(numbers, factors, strict=True))
+        return attach_unit(total / self.options.accumulate, output.units[0])
 
     def measure(self, value: Any, aux: Any, var_grads: Any) -> Metrics:
         norms = grad_norms(var_grads) if self.options.grad_norms else None

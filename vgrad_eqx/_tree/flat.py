@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools as ft
-from collections import Counter
+import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -10,50 +11,42 @@ import equinox as eqx
 import jax.core
 import jax.tree_util as jtu
 
-from .units import attach_unit, quantity_test, split_units
+from .units import attach_unit, make_quantity_test, split_units
 
 
 class FlatTree:
-    """The leaves of a pytree, of which a Quantity is one, with their dotted paths."""
+    """The leaves of a pytree, of which a Quantity is one, with their dotted paths.
+
+    `numbers` are the leaves with what is in the Quantities, and `units` their units, or `None`
+    if there is no Quantity. `differentiable` are the indices of the leaves with a gradient.
+    """
 
     def __init__(self, tree: Any):
         self.tree = tree
-        self.leaves, self.structure = jtu.tree_flatten(tree, is_leaf=quantity_test())
-
-    @ft.cached_property
-    def differentiable(self) -> list[int]:
-        """The indices of the leaves with a gradient: inexact arrays and Quantities."""
-        numbers, units = split_units(self.leaves)
-        if units is None:
-            return [i for i, leaf in enumerate(numbers) if eqx.is_inexact_array(leaf)]
-        # A Quantity is an array, even if its number is written in Python.
-        return [
+        # Looked up here, so that a call enters the module of units only where there are any.
+        self._is_leaf = is_leaf = make_quantity_test() if "saiunit" in sys.modules else None
+        self.leaves, self.structure = jtu.tree_flatten(tree, is_leaf=is_leaf)
+        self.numbers, self.units = self.leaves, None
+        if is_leaf is not None and any(map(is_leaf, self.leaves)):
+            self.numbers, self.units = split_units(self.leaves)
+        pairs = zip(self.numbers, self.units or itertools.repeat(None), strict=False)
+        self.differentiable = [
             i
-            for i, (number, unit) in enumerate(zip(numbers, units, strict=True))
+            for i, (number, unit) in enumerate(pairs)
+            # A Quantity is an array, even if its number is written in Python.
             if eqx.is_inexact_array(number) or (unit is not None and is_scalar(number))
         ]
 
     @ft.cached_property
     def key_paths(self) -> list[jtu.KeyPath]:
-        pairs, _ = jtu.tree_flatten_with_path(self.tree, is_leaf=quantity_test())
+        pairs, _ = jtu.tree_flatten_with_path(self.tree, is_leaf=self._is_leaf)
         return [key_path for key_path, _ in pairs]
 
     @ft.cached_property
     def names(self) -> list[str]:
         """The dotted path of every leaf."""
-        return list(map(name_of, self.key_paths))
-
-    def check_names(self, indices: Sequence[int]) -> None:
-        """Refuses two leaves with one dotted path among those at `indices`."""
-        names = [self.names[i] for i in indices]
-        if len(set(names)) == len(names):
-            return
-        twice, _ = Counter(names).most_common(1)[0]
-        both = [f"`{jtu.keystr(self.key_paths[i])}`" for i in indices if self.names[i] == twice]
-        raise ValueError(
-            f"Two leaves share the dotted path `{twice}`: {' and '.join(both)}. "
-            "Gradients are named by that path, so rename one of the keys."
-        )
+        pairs, _ = jtu.tree_flatten_with_path(self.tree, is_leaf=self._is_leaf)
+        return [jtu.keystr(key_path, simple=True, separator=".") for key_path, _ in pairs]
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The pytree with other leaves."""
@@ -61,9 +54,12 @@ class FlatTree:
 
     def split(self, indices: Sequence[int]) -> "Split":
         """Takes the leaves at `indices` out."""
-        numbers, units = split_units([self.leaves[i] for i in indices])
-        constants = replace_at(self.leaves, indices, [None] * len(indices))
-        return Split(numbers, Rest(self.structure, constants, indices, units))
+        constants = list(self.leaves)
+        for i in indices:
+            constants[i] = None
+        units = None if self.units is None else [self.units[i] for i in indices]
+        rest = Rest(self.structure, constants, indices, units)
+        return Split([self.numbers[i] for i in indices], rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -76,15 +72,17 @@ class Rest:
     structure: Any
     constants: Sequence[Any]  # all leaves, with `None` in the place of those taken out
     indices: Sequence[int]
-    units: Sequence[Any] | None  # of the leaves taken out, unless none of them has one
+    units: Sequence[Any] | None  # of the leaves taken out, unless no leaf at all has one
 
     def combine(self, numbers: Sequence[Any]) -> Any:
         """The pytree, with these numbers in its leaves."""
+        leaves = list(self.constants)
+        for i, number in zip(self.indices, numbers, strict=True):
+            leaves[i] = number
         if self.units is not None:
-            numbers = list(map(attach_unit, numbers, self.units))
-        return jtu.tree_unflatten(
-            self.structure, replace_at(self.constants, self.indices, numbers)
-        )
+            for i, unit in zip(self.indices, self.units, strict=True):
+                leaves[i] = attach_unit(leaves[i], unit)
+        return jtu.tree_unflatten(self.structure, leaves)
 
     def arrange(self, entries: Sequence[Any]) -> Any:
         """A pytree with any entries in the place of the leaves, and `None` in all others."""

@@ -82,7 +82,7 @@ class State:
         # The value, with a reference in the place of each array.
         self.content = Split(list(map(_make_ref, arrays.diff)), arrays.rest)
         self.name = name
-        states_exist.set()
+        exists.set()
 
     @property
     def refs(self) -> Sequence[jax.Ref]:
@@ -150,7 +150,7 @@ def is_reference(node: Any) -> bool:
 
 
 # Whether a state was ever made. Without one, no call has to look after any.
-states_exist = threading.Event()
+exists = threading.Event()
 
 
 class Journal(dict[int, tuple[jax.Ref, jax.Array]]):
@@ -227,7 +227,7 @@ def is_about_references(error: BaseException | None) -> bool:
     return False
 
 
-# JAX has no types for these errors: one of a value that is differentiated, and set or added to a
+# JAX has no types for these errors: of a value that is differentiated, and set or added to a
 # reference that is not; and one of a loop whose condition and body share a reference.
 _ABOUT_REFERENCES = re.compile(
     r"non-differentiated array reference|reference to a mutable array|Zero\(Ref|to addupdate"
