@@ -15,6 +15,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from .._references.trace import trace
 from .._references.values import StateValues
@@ -119,11 +120,10 @@ class GradientTransform(eqx.Module):
         """The direct road: JAX differentiates `func` as it is."""
         if not state.exists.is_set():
             return self._apply_rule(call, call.diff, call)
-        if isinstance(jnp.zeros(()), jax.core.Tracer):
+        if isinstance(jax.device_put(_PROBE), jax.core.Tracer):
             return self._differentiate_apart(call)
-        journal = state.Journal()
-        for ref in state.set_by_compiled:
-            journal.record(ref)
+        with state.lock:
+            journal = state.Journal({id(ref): (ref, ref[...]) for ref in state.set_by_compiled})
         state.journals.active.append(journal)
         try:
             return self._apply_rule(call, call.diff, call)
@@ -132,7 +132,7 @@ class GradientTransform(eqx.Module):
             if not _is_about_references(error):
                 raise
         finally:
-            state.journals.active.remove(journal)
+            state.journals.active.pop()
         return self._differentiate_over_values(call)
 
     def _differentiate_apart(self, call: Call) -> Any:
@@ -198,6 +198,10 @@ class GradientTransform(eqx.Module):
             arranged.append(arrange(grads))
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
 
+
+# A constant, which is a tracer where JAX traces a program, and an array where it only
+# differentiates or maps. To put it on a device compiles nothing.
+_PROBE = np.zeros(())
 
 _LOOKS_AT_VALUES = (
     jax.errors.ConcretizationTypeError,

@@ -206,7 +206,10 @@ _functions_of_loops = Cache(64)
 def _remember(
     eqn: Any, more: Any, make: Callable[[], Any], cache: Cache = _functions_of_equations
 ) -> Any:
-    """Makes a function once for equal equations."""
+    """Makes a function once for equal equations, unless it would keep arrays alive."""
+    params = jtu.tree_leaves(list(eqn.params.values()))
+    if any(getattr(param, "consts", ()) for param in params):  # of closed jaxprs
+        return make()
     dropped = tuple([isinstance(var, DropVar) for var in eqn.outvars])
     context = (eqn.ctx, eqn.source_info.name_stack)
     key = (eqn.primitive, tuple(eqn.params.items()), more, dropped, context)

@@ -166,7 +166,7 @@ class Journal(dict[int, tuple[jax.Ref, jax.Array]]):
                 self[id(ref)] = ref, ref[...]
 
     def restore(self) -> None:
-        with _lock, jax.ensure_compile_time_eval():
+        with lock, jax.ensure_compile_time_eval():
             for ref, old in self.values():
                 ref[...] = old
 
@@ -183,17 +183,17 @@ journals = _Journals()
 set_by_compiled: weakref.WeakSet[jax.Ref] = weakref.WeakSet()
 
 # JAX takes the buffer of a reference away while it reads it.
-_lock = threading.RLock()
+lock = threading.RLock()
 
 
 def read(ref: jax.Ref) -> jax.Array:
-    with _lock:
+    with lock:
         return ref[...]
 
 
 def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
-    with _lock:
+    with lock:
         for journal in journals.active:
             journal.record(ref)
         old = ref[...] if isinstance(value, jax.core.Tracer) else None
