@@ -54,8 +54,8 @@ def elementwise_grad(
     **Returns:**
 
     A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
-    A derivative has the shape and dtype of its leaf. For an output that is a pytree, each
-    gradient has its structure, with `None` at each leaf that is not inexact, and the derivative
+    A derivative has the shape and dtype of its leaf. For an output that is a pytree, the result
+    has its structure, with `None` at each leaf that is not inexact, and the derivatives
     of that output in the place of the others. If `unit_aware`, it has the unit of
     that output over that of the leaf to the power of `order`.
 

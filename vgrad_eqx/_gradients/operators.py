@@ -89,13 +89,14 @@ def vector_grad(
     - `return_value`: whether to return the output of `func` as well.
     - `has_aux`: whether `func` returns a pair `(value, aux)`, of which only `value` is
         differentiated. `aux` may hold anything.
-    - `unit_aware`: whether a gradient carries the unit of `y` over that of `θ`. If `False`,
-        it is the number of that same gradient. For arrays without units, it makes no
+    - `unit_aware`: if `True`, a gradient carries the unit of `y` over that of `θ`. If `False`,
+        it is the derivative of the numbers in `y` by the numbers in `θ`, as `jax.vjp` gives
+        it: for a map from V to mV it is 1000. For arrays without units, it makes no
         difference.
-    - `check_states`: whether to refuse selected leaves on which the output of `func` does
-        not depend, and states by reference that it does not touch. Leaves are checked once
-        for each structure of the arguments, and not at all where `func` cannot be traced.
-        If `False`, the gradient of such a leaf or state is zero.
+    - `check_states`: if `True`, raise an error for a selected leaf that no gradient can
+        reach: the output of `func` does not depend on it, or only behind `stop_gradient` and
+        the like; and for a state by reference that `func` does not touch. Each call is checked
+        by itself. If `False`, the gradient of such a leaf or state is zero.
     - `debug_nan`: whether to raise if a gradient holds a NaN or an infinity. Under
         `jax.jit` this costs a callback.
     - `cotangent`: what to multiply the Jacobian by instead of a row of ones, so that
@@ -115,8 +116,8 @@ def vector_grad(
     where `grads` is `arg_grads` without `grad_states`, `var_grads` with `grad_states` alone,
     and `(var_grads, arg_grads)` with both:
 
-    - `var_grads` is a flat dict `{path: gradient}` in leaf order, which optax takes as it
-        is; for several selectors, the structure of `grad_states` with such a dict in
+    - `var_grads` is a flat dict `{path: gradient}`, sorted by path as JAX sorts dicts, which
+        optax takes as it is; for several selectors, the structure of `grad_states` with such a dict in
         the place of each. For states by reference, the structure of `grad_states` with
         a gradient in the place of each, which has the structure of its value.
     - `arg_grads` is one gradient for an int, and a tuple for a sequence. It has the structure
@@ -125,12 +126,13 @@ def vector_grad(
 
     A gradient has the shape and dtype of its leaf. If `unit_aware`, it has the unit of the
     output over that of the leaf, and is a plain array where these have one dimension. Outputs
-    in several units of one dimension are added up in the unit of the first. For a complex
+    in several units of one dimension are then added up in the unit of the first. For a complex
     leaf it follows JAX's convention: for a real output, descend along its conjugate. Without
     `func`, it returns a decorator.
 
-    States by reference that `func` sets are set after the call. A `func` that uses any is
-    traced at each call.
+    `func` is called once, as by `jax.vjp`. It may set states by reference; after an exception
+    each has its old value. Where it sets one to a value that is differentiated, it is called
+    a second time, to be traced; by states by reference, it is only traced.
 
     **Raises:**
 
@@ -141,10 +143,11 @@ def vector_grad(
         cannot be traced.
     - `ValueError`: on calling, for an `argnums` out of range, given twice, or naming the
         state tree; for a selector that chooses no inexact array; if two leaves have one path;
-        for a selected leaf on which the output does not depend; or for a state that is not
+        for a selected leaf that no gradient can reach; or for a state that is not
         touched, or set under `jax.vmap`; for a `cotangent` of another structure, shape or
         dtype than the output.
-    - `brainunit.UnitMismatchError`: on calling, for outputs of several dimensions.
+    - `brainunit.UnitMismatchError`: on calling, for outputs of several dimensions, or without
+        `unit_aware` of several units.
     - `FloatingPointError`: at run time, with `debug_nan`; from compiled code as a
         `jax.errors.JaxRuntimeError` that quotes it.
 
@@ -233,9 +236,9 @@ def jacrev(
 
     A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
     Instead of a gradient in the shape of its leaf, there is a Jacobian, with the axes of the
-    output first. If the output is a pytree, so is the Jacobian by each argument, and by
-    the states: it has the structure of the output, with `None` at each leaf that is not
-    inexact, and in the place of the others what `vector_grad` returns for one, as in JAX. If
+    output first. If the output is a pytree, so is the result, as in JAX: it has the
+    structure of the output, with `None` at each leaf that is not inexact, and in the place of
+    the others what a function with that single output would give. If
     `unit_aware`, each block has the unit of its own output over that of its leaf, so
     outputs need not share a dimension.
 

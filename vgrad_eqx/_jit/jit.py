@@ -27,8 +27,7 @@ def jit(transform: Callable[..., Any]) -> Any:
     A function that takes and returns what `transform` does. As in `equinox.filter_jit`, JAX
     and NumPy arrays in the arguments are traced, and all else is constant: another number or
     flag means to compile again. Only a Python float that is differentiated is traced, too.
-    Arrays in the results are those of JAX, and dicts are sorted by their keys, as in all that
-    `jax.jit` returns. Inside of `jax.jit`, nothing is compiled apart.
+    Arrays in the results are those of JAX. Inside of `jax.jit`, nothing is compiled apart.
 
     Its `lower(*args, **kwargs)` gives what `jax.jit(...).lower(...)` does, to look at the
     program.
