@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import re
 import weakref
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 import vgrad_eqx as vg
 
@@ -353,9 +355,81 @@ def test_errors_of_the_gradient_are_raised():
         compiled()
 
 
-def test_it_compiles_gradients_only():
-    with pytest.raises(TypeError, match="compiles a gradient, such as `vg.vector_grad"):
-        vg.jit(jnp.sin)
+def make_step(model, opt, x):
+    loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+    grads, value = vg.grad(loss, return_value=True)(model, x)
+    return *opt.step(model, vg.states(grads)), value
+
+
+FUNCS = {
+    "step": (
+        make_step,
+        lambda: (m := make_mlp(), vg.Optimizer(optax.adam(0.1), m), jnp.ones((4, 3))),
+    ),
+    "static output": (lambda m, x: (m, x, "text", 3), lambda: (make_mlp(), jnp.ones(2))),
+    "no array": (lambda power: jnp.ones(2) ** power, lambda: (3,)),
+    "quantity": (lambda t: t * 2.0, lambda: (jnp.ones(2) * u.ms,)),
+    "partial": (eqx.Partial(apply, make_mlp()), lambda: (jnp.ones(3),)),
+    "nothing": (lambda: jnp.zeros(2), lambda: ()),
+}
+
+
+@pytest.mark.parametrize("name", FUNCS)
+def test_any_function_is_compiled_as_by_equinox(name):
+    func, make_args = FUNCS[name]
+    counted = Counted(func) if name != "partial" else func
+    ours, theirs = vg.jit(counted), eqx.filter_jit(func)
+    for _ in range(3):
+        assert tree_allclose(ours(*make_args()), theirs(*make_args()))
+    assert name == "partial" or counted.calls == 1
+
+
+def test_keyword_arguments_and_options_of_the_decorator():
+    @vg.jit(donate="none")
+    def func(x, *, power):
+        return x**power
+
+    assert float(func(jnp.array(3.0), power=2)) == 9.0
+    assert float(func(jnp.array(3.0), power=3)) == 27.0
+    assert "stablehlo.power" in func.lower(jnp.array(3.0), power=2.5).as_text()
+
+
+@pytest.mark.parametrize(
+    ("donate", "first", "rest"),
+    [("none", False, False), ("all-except-first", False, True), ("all", True, True)],
+)
+def test_arguments_are_donated(donate, first, rest):
+    x, tree = jnp.ones(100), {"w": jnp.ones(100)}
+    y, others = vg.jit(lambda x, tree: (x + 1, {"w": tree["w"] + 1}), donate=donate)(x, tree)
+    jax.block_until_ready(y)
+    assert (x.is_deleted(), tree["w"].is_deleted()) == (first, rest)
+
+
+def test_an_object_that_is_changed_is_read_again():
+    model = [jnp.ones(2), {"w": jnp.ones(2)}]
+    func = vg.jit(lambda model: model[0] + model[1]["w"])
+    for value in (1.0, 2.0, 3.0):
+        model[1]["w"] = jnp.full(2, value)
+        assert tree_allclose(func(model), jnp.full(2, 1.0 + value))
+    model.append(1)
+    assert tree_allclose(func(model), jnp.full(2, 4.0))
+
+
+@dataclasses.dataclass
+class Config:
+    scale: float
+
+
+def test_a_static_value_without_a_hash_is_refused():
+    with pytest.raises(TypeError, match=r"each must have a hash. Got Config.*frozen=True"):
+        vg.jit(lambda x, config: x * config.scale)(jnp.ones(2), Config(2.0))
+
+
+def test_wrong_uses():
+    with pytest.raises(TypeError, match=r"`jit\(func=...\)` must be a callable. Got 3"):
+        vg.jit(3)
+    with pytest.raises(ValueError, match=r"`jit\(donate=...\)` must be 'all', .* Got 'first'"):
+        vg.jit(jnp.sin, donate="first")
 
 
 def test_many_kinds_of_arguments():

@@ -93,11 +93,19 @@ def test_refuses_a_tree_with_another_constant(tree, data):
     assert make_reader(tree, is_array)(structure.unflatten(leaves)) is None
 
 
-def test_the_leaves_begin_with_those_that_are_given():
-    reader = make_reader([ARRAYS[0]], is_array, [ARRAYS[1]])
-    found = reader([ARRAYS[2]])
-    assert found is not None
-    assert is_same(found, [ARRAYS[1], ARRAYS[2]])
+def test_leaves_of_unknown_types_are_checked():
+    checked = []
+    reader = make_reader([ARRAYS[0]], is_array, lambda kind: kind is np.ndarray, checked.append)
+    assert is_same(reader([ARRAYS[2]]), [ARRAYS[2]])
+    assert reader([1.0]) is None
+    assert checked == [[1.0]]
+
+
+def test_nodes_nest_deeper_than_python_nests_loops():
+    tree = ARRAYS[1]
+    for _ in range(100):
+        tree = (tree,)
+    assert is_same(make_reader(tree, is_array)(tree), [ARRAYS[1]])
 
 
 def test_fields_that_a_wrapper_gives_are_compared():

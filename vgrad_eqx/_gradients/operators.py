@@ -117,9 +117,9 @@ def vector_grad(
     and `(var_grads, arg_grads)` with both:
 
     - `var_grads` is a flat dict `{path: gradient}`, sorted by path as JAX sorts dicts, which
-        optax takes as it is; for several selectors, the structure of `grad_states` with such a dict in
-        the place of each. For states by reference, the structure of `grad_states` with
-        a gradient in the place of each, which has the structure of its value.
+        optax takes as it is; for several selectors, the structure of `grad_states` with such
+        a dict in the place of each. For states by reference, the structure of `grad_states`
+        with a gradient in the place of each, which has the structure of its value.
     - `arg_grads` is one gradient for an int, and a tuple for a sequence. It has the structure
         of the argument, with `None` at each leaf that is no inexact array. An
         argument that is a Python float or complex is differentiated.

@@ -28,32 +28,34 @@ Reader = Callable[[Any], list[Any] | None]
 IsDynamic = Callable[[Any], bool]
 
 
-def make_reader(tree: Any, is_dynamic: IsDynamic, start: Sequence[Any] = ()) -> Reader:
+def make_reader(
+    tree: Any,
+    is_dynamic: IsDynamic,
+    is_known: Callable[[type], bool] = lambda kind: True,
+    check: Reader = lambda leaves: leaves,
+) -> Reader:
     """Writes a function for pytrees that differ from `tree` in their dynamic leaves only.
 
-    What stands in the place of a dynamic leaf is not looked at. The leaves come after those of
-    `start`.
+    If a leaf has a type that `is_known` does not know, the leaves are what `check` gives.
     """
-    if (
-        type(tree) is dict
-        and len(tree) > 1
-        and not start
-        and all(map(is_dynamic, tree.values()))
-    ):
-        return _make_dict_reader(tree)
-    writer = _Writer(is_dynamic, start)
+    if type(tree) is dict and len(tree) > 1 and all(map(is_dynamic, tree.values())):
+        return _make_dict_reader(tree, is_known, check)
+    writer = _Writer(is_dynamic)
     writer.write_node(tree, "tree")
-    return writer.compile()
+    return writer.compile(is_known, check)
 
 
-def _make_dict_reader(tree: dict[Any, Any]) -> Reader:
+def _make_dict_reader(tree: dict[Any, Any], is_known: Any, check: Reader) -> Reader:
     num_items, get_items = len(tree), operator.itemgetter(*sorted(tree))
 
     def read(tree: Any) -> Any:
+        if type(tree) is not dict or len(tree) != num_items:
+            return None
         try:
-            return get_items(tree) if type(tree) is dict and len(tree) == num_items else None
+            leaves = get_items(tree)
         except KeyError:
             return None
+        return leaves if all(map(is_known, map(type, leaves))) else check(leaves)
 
     return read
 
@@ -119,7 +121,7 @@ _get_fields = vars(eqx.Module)["__dict__"].__get__
 class _Writer:
     """The source of a reader, line by line, and the objects that it refers to."""
 
-    def __init__(self, is_dynamic: IsDynamic, start: Sequence[Any]):
+    def __init__(self, is_dynamic: IsDynamic):
         self._is_dynamic = is_dynamic
         self._lines: list[str] = []
         self._indent = 2 * "    "
@@ -127,16 +129,16 @@ class _Writer:
         self._objects: dict[str, Any] = {
             "get_fields": _get_fields,
             "is_equal": is_equal,
-            "start": start,
         }
 
-    def compile(self) -> Reader:
+    def compile(self, is_known: Any, check: Reader) -> Reader:
+        self._objects |= {"is_known": is_known, "check": check}
         source = [
             "def read(tree):",
-            "    leaves = [*start]",
+            "    leaves = []",
             "    try:",
             *self._lines,
-            "        return leaves",
+            "        return leaves if all(map(is_known, map(type, leaves))) else check(leaves)",
             "    except KeyError:",
             "        return None",
         ]
@@ -216,6 +218,10 @@ class _Writer:
                 self._write(f"leaves += {part}")
                 continue
             item = next(self._names)
+            if stop - start == 1:  # Python nests 20 loops at the most
+                self._write(f"{item} = {name}[{start}]")
+                self.write_node(nodes[start], item)
+                continue
             self._write(f"for {item} in {part}:")
             indent, self._indent = self._indent, self._indent + "    "
             self.write_node(nodes[start], item)
