@@ -361,11 +361,13 @@ def make_step(model, opt, x):
     return *opt.step(model, vg.states(grads)), value
 
 
+def make_step_args():
+    model = make_mlp()
+    return model, vg.Optimizer(optax.adam(0.1), model), jnp.ones((4, 3))
+
+
 FUNCS = {
-    "step": (
-        make_step,
-        lambda: (m := make_mlp(), vg.Optimizer(optax.adam(0.1), m), jnp.ones((4, 3))),
-    ),
+    "step": (make_step, make_step_args),
     "static output": (lambda m, x: (m, x, "text", 3), lambda: (make_mlp(), jnp.ones(2))),
     "no array": (lambda power: jnp.ones(2) ** power, lambda: (3,)),
     "quantity": (lambda t: t * 2.0, lambda: (jnp.ones(2) * u.ms,)),
