@@ -33,15 +33,17 @@ class Call:
         grad_states, argnums = transform.grad_states, transform.argnums
         self._inputs: list[Any] = []
         if grad_states is not None:
-            kind = StateValues if grad_states.by_reference else _SelectedLeaves
-            find = kind if grad_states.by_reference else ft.partial(kind, self._func, args)
-            self._inputs.append(find(grad_states, f"{name}(grad_states=...)"))
+            caller = f"{name}(grad_states=...)"
+            if grad_states.by_reference:
+                self._inputs.append(StateValues(grad_states, caller))
+            else:
+                self._inputs.append(_SelectedLeaves(self._func, args, grad_states, caller))
         elif not args:
             raise TypeError(
                 f"`{name}` differentiates positional arguments of `func`. Got none. Pass the "
                 "argument by position, not by keyword."
             )
-        self.states = self._inputs[0] if self._inputs else None
+        self.states: Any = self._inputs[0] if self._inputs else None
         if argnums is not None or grad_states is None:
             caller = f"{name}(argnums=...)"
             positions = _find_positions(argnums or 0, len(args), self.states, caller)

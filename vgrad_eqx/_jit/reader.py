@@ -66,7 +66,8 @@ def find_contents(module: eqx.Module) -> Contents | None:
     Modules are immutable, but for their `__init__`.
     """
     nodes: list[Any] = []
-    leaves = jtu.tree_leaves(module, is_leaf=nodes.append)  # returns `None`: nothing is a leaf
+    note: Any = nodes.append  # returns `None`, so that nothing is a leaf for it
+    leaves = jtu.tree_leaves(module, is_leaf=note)
     node_types = set(map(type, nodes)) - set(map(type, leaves)) - {list, dict, type(None)}
     is_immutable = all(issubclass(each, eqx.Module | tuple) for each in node_types)
     if not is_immutable or not _is_initialized(module):
