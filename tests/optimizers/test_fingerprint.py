@@ -65,3 +65,31 @@ def test_a_function_may_refer_to_itself():
 
     assert Fingerprinted(make()) == Fingerprinted(make())
     assert Fingerprinted(1) != 1
+
+
+def test_a_list_that_has_changed_since_is_another_one():
+    def make(rates):
+        return Fingerprinted(lambda count: rates[0])
+
+    first, second = [0.1], [0.1]
+    one, other = make(first), make(second)
+    assert one == other
+    second[0] = 100.0
+    assert one != other
+    assert other == other.__class__(other.value)
+    assert one == make([0.1])
+
+
+class Incomparable:
+    def __hash__(self):
+        return 0
+
+    def __eq__(self, other):
+        raise ValueError("ambiguous")
+
+
+def test_constants_that_do_not_compare_make_others():
+    def make(constant):
+        return Fingerprinted(lambda: constant)
+
+    assert make(Incomparable()) != make(Incomparable())

@@ -1,6 +1,7 @@
 """States that a function sets which is differentiated by its arguments or by selectors."""
 
 import functools as ft
+import gc
 
 import equinox as eqx
 import jax
@@ -221,3 +222,19 @@ def test_a_checkpoint_over_a_bare_reference_is_right():
 
     assert tree_allclose(vg.vector_grad(func)(X), START * jnp.cos(X * START))
     assert tree_allclose(ref[...], X)
+
+
+@pytest.mark.parametrize("by_state", [False, True])
+def test_arrays_that_a_helper_closes_over_are_not_kept_alive(by_state):
+    s = vg.State(START)
+
+    def run():
+        big = jnp.full(12_345, 2.0)
+        helper = jax.jit(lambda w: w * s.value * big[0])
+        grads = vg.vector_grad(helper, s)(X) if by_state else vg.vector_grad(helper)(X)
+        assert tree_allclose(grads, 2 * (X if by_state else START))
+
+    for _ in range(2):
+        run()
+    gc.collect()
+    assert not [array for array in jax.live_arrays() if array.size == 12_345]

@@ -1,5 +1,6 @@
 """Compiled training steps, and the states that they take over."""
 
+import dataclasses
 import gc
 import re
 from typing import Any
@@ -616,3 +617,21 @@ def test_wrong_uses(case):
     use, error, match = case
     with pytest.raises(error, match=f"(?s){match}"):
         use()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    angles: Any
+
+    def __post_init__(self):
+        if self.angles.shape != (3,):
+            raise ValueError("three angles")
+
+
+def test_nodes_that_check_what_they_hold_are_never_rebuilt_with_anything_else():
+    step = vg.train_step(lambda tree: jnp.sum(tree["node"].angles * tree["w"]), optax.sgd(0.5))
+    model = {"node": Checked(jnp.ones(3)), "w": jnp.array(2.0)}
+    state, metrics = step(step.init(model))
+    assert float(metrics.value) == 6.0
+    assert tree_allclose(state.model["node"].angles, jnp.zeros(3))
