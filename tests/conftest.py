@@ -1,3 +1,4 @@
+import importlib
 from importlib.metadata import version
 
 import equinox.internal as eqxi
@@ -6,6 +7,10 @@ import jax
 import pytest
 
 
+# To import brainstate 0.5 turns x64 off, so it is done before any test, and x64 set back.
+x64 = jax.config.read("jax_enable_x64")
+importlib.import_module("brainstate")
+jax.config.update("jax_enable_x64", x64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of the time of an example, and its share of it varies from run to run.
 hypothesis.settings.register_profile("jax", deadline=None, max_examples=25, derandomize=True)
