@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 
 from .._tree.cache import is_equal
 from .._tree.flat import split_arrays
+from .._tree.units import split_unit
 
 
 # The lists and dicts in a module, and what is in each of them.
@@ -130,6 +131,7 @@ class _Writer:
         self._objects: dict[str, Any] = {
             "get_fields": _get_fields,
             "is_equal": is_equal,
+            "split_unit": split_unit,
         }
 
     def compile(self, is_known: Any, check: Reader) -> Reader:
@@ -160,6 +162,12 @@ class _Writer:
         elif kind in (list, tuple):
             self._refuse(f"type({name}) is not {kind.__name__} or len({name}) != {len(node)}")
             self._write_sequence(node, name)
+        elif (unit := split_unit(node)[1]) is not None:
+            self._refuse(f"type({name}) is not {self._refer(kind)}")
+            number, held = next(self._names), self._refer(unit)
+            self._write(f"{number}, unit = split_unit({name})")
+            self._refuse(f"unit is not {held} and not is_equal(unit, {held})")
+            self.write_node(split_unit(node)[0], number)
         elif not jtu.all_leaves([node]):
             part = next(self._names)
             known = _describe(node, self._is_dynamic)
