@@ -25,7 +25,7 @@ from ._select.states import apply_updates as apply_updates
 from ._select.states import replace_states as replace_states
 from ._select.states import states as states
 from ._select.summary import summary as summary
-from ._training.plan import Metrics as Metrics
+from ._training.flat_step import Metrics as Metrics
 from ._training.train_state import TrainState as TrainState
 from ._training.train_step import train_step as train_step
 from ._training.train_step import TrainStep as TrainStep

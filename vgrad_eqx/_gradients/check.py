@@ -16,7 +16,7 @@ from typing import Any
 import jax.tree_util as jtu
 
 from .._tree.text import shorten
-from .call import Call
+from .flat_function import FlatFunction
 
 
 class UsesReferences(Exception):
@@ -27,28 +27,28 @@ class UsesReferences(Exception):
     """
 
 
-def refuse_unreached(linear: Any, func: Any, call: Call) -> None:
+def refuse_unreached(linear: Any, func: Any, flat_func: FlatFunction) -> None:
     """Raises if no output of a linear program depends on one of the selected leaves.
 
     `linear` is what `jax.vjp` or `jax.linearize` has returned for a `func`: the call itself,
     or one that was traced and takes values instead of references.
     """
-    jaxpr, tangents = _find_tangents(linear, len(call.diff))
-    if jaxpr.effects and func is call and any(hasattr(x, "input") for x in jaxpr.effects):
+    jaxpr, tangents = _find_tangents(linear, len(flat_func.diff))
+    if jaxpr.effects and func is flat_func and any(hasattr(x, "input") for x in jaxpr.effects):
         raise UsesReferences
-    if not call.transform.check_states or not call.num_selected:
+    if not flat_func.transform.check_states or not flat_func.num_selected:
         return
     reaching = {id(var) for var in jaxpr.outvars}
     for eqn in reversed(jaxpr.eqns):
         if not reaching.isdisjoint(map(id, eqn.outvars)):
             reaching.update(map(id, eqn.invars))
-    selected = tangents[: call.num_selected]
+    selected = tangents[: flat_func.num_selected]
     unreached = [i for i, var in enumerate(selected) if id(var) not in reaching]
     if unreached:
-        names = [f"`{call.names[i]}`" for i in unreached]
+        names = [f"`{flat_func.names[i]}`" for i in unreached]
         raise ValueError(
-            f"`{call.name}(grad_states=...)` must select leaves on which the output of `func` "
-            f"depends. It does not depend on {shorten(names)}. "
+            f"`{flat_func.name}(grad_states=...)` must select leaves on which the output of "
+            f"`func` depends. It does not depend on {shorten(names)}. "
             "No gradient reaches what is behind `stop_gradient` either. Narrow the selector, "
             "say by `& ~vg.path(...)`, or for a model with frozen wrappers by "
             "`~vg.instance(paramax.NonTrainable)`; or pass `check_states=False` to get zeros."

@@ -13,14 +13,14 @@ from .._tree.units import (
     scale_number,
     split_unit,
 )
-from .call import Call, Output
+from .flat_function import FlatFunction, Output
 
 
 def make_cotangents(
-    numbers: Sequence[Any], output: Output, call: Call
+    numbers: Sequence[Any], output: Output, flat_func: FlatFunction
 ) -> tuple[tuple[Any, ...], Any]:
     """The cotangent of each differentiated output, and the unit of their sum."""
-    name, cotangent = call.name, call.transform.cotangent
+    name, cotangent = flat_func.name, flat_func.transform.cotangent
     cotangents, units = tuple(map(jnp.ones_like, numbers)), output.units
     text = f"`{name}(func=...)` must return outputs of one dimension, because it adds them up."
     if cotangent is not None:
@@ -30,7 +30,7 @@ def make_cotangents(
             "added up."
         )
     factors = find_factors(units, text, output.names)
-    if call.transform.unit_aware:
+    if flat_func.transform.unit_aware:
         return tuple(map(scale_number, cotangents, factors)), units[0]
     if any(factor != 1.0 for factor in factors):
         pairs = zip(output.names, units, strict=True)

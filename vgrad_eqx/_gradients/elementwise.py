@@ -17,9 +17,9 @@ from jax import Array
 from .._tree.flat import replace_at
 from .._tree.missing import MISSING
 from .._tree.text import name_shapes
-from .call import Call
 from .check import refuse_unreached
 from .engine import make_transform, Operator, Row
+from .flat_function import FlatFunction
 
 
 def elementwise_grad(
@@ -101,15 +101,19 @@ class _Elementwise:
     order: int
     check: bool
 
-    def __call__(self, func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
+    def __call__(
+        self, func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+    ) -> Any:
         differentiate = self._pull_back if self.order == 1 else self._push_forward
-        return differentiate(func, diff, call)
+        return differentiate(func, diff, flat_func)
 
-    def _pull_back(self, func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
+    def _pull_back(
+        self, func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+    ) -> Any:
         numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
-        _check_shapes(numbers, diff, call)
-        refuse_unreached(pull, func, call)
-        names = call.names
+        _check_shapes(numbers, diff, flat_func)
+        refuse_unreached(pull, func, flat_func)
+        names = flat_func.names
         rows = []
         for i, (number, unit) in enumerate(zip(numbers, output.units, strict=True)):
             vectors = self._make_vectors(number, [number, *diff])
@@ -124,11 +128,13 @@ class _Elementwise:
             rows.append(Row(grads, unit))
         return numbers, output, rows
 
-    def _push_forward(self, func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
+    def _push_forward(
+        self, func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+    ) -> Any:
         numbers, push, output = jax.linearize(func, *diff, has_aux=True)
-        _check_shapes(numbers, diff, call)
-        refuse_unreached(push, func, call)
-        names = call.names
+        _check_shapes(numbers, diff, flat_func)
+        refuse_unreached(push, func, flat_func)
+        names = flat_func.names
         columns = []
         for i, leaf in enumerate(diff):
             vectors = self._make_vectors(leaf, [leaf, *numbers])
@@ -187,12 +193,12 @@ def _push(func: Callable[..., Any], vector: Array) -> Callable[..., Any]:
     return lambda leaf: jax.jvp(func, (leaf,), (vector,))[1]
 
 
-def _check_shapes(value: Sequence[Any], diff: Sequence[Any], call: Call) -> None:
+def _check_shapes(value: Sequence[Any], diff: Sequence[Any], flat_func: FlatFunction) -> None:
     for i, leaf in enumerate(diff):
         if any(jnp.shape(output) != jnp.shape(leaf) for output in value):
             raise ValueError(
                 "`elementwise_grad(func=...)` must return outputs of the shape of "
-                f"`{call.names[i]}`, {name_shapes([leaf])}. Got {name_shapes(value)}. Use "
+                f"`{flat_func.names[i]}`, {name_shapes([leaf])}. Got {name_shapes(value)}. Use "
                 "`jacrev` for all derivatives, or `jax.vmap` for one of each row."
             )
 

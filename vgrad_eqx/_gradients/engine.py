@@ -1,6 +1,6 @@
 """The transform that all operators share, and the rule by which each differentiates.
 
-For a call `y = f(p)`, `jax.vjp` gives `y` and the product `c ↦ c·J` with the Jacobian. The
+For a function `y = f(p)`, `jax.vjp` gives `y` and the product `c ↦ c·J` with the Jacobian. The
 vector gradient is that of ones; the other operators take other products.
 """
 
@@ -27,10 +27,10 @@ from .._tree.sharding import shard_like
 from .._tree.text import name_shapes
 from .._tree.units import attach_unit, divide_units, find_quotient, scale_number
 from .argnums import parse_argnums
-from .call import Call, Output
 from .check import refuse_unreached, UsesReferences
 from .cotangents import make_cotangents
 from .finite import raise_if_not_finite
+from .flat_function import FlatFunction, Output
 
 
 @ft.partial(jtu.register_dataclass, data_fields=["grads"], meta_fields=["unit"])
@@ -46,9 +46,9 @@ class Row:
 
 
 # Takes a function from arrays to a tuple of arrays and an `Output`, where to differentiate it,
-# and the call that it is of. Gives what the function does, and the derivatives.
+# and the call that both are of. Gives what the function does, and the derivatives.
 Rule = Callable[
-    [Callable[..., Any], Sequence[Any], Call],
+    [Callable[..., Any], Sequence[Any], FlatFunction],
     tuple[Sequence[Any], Output, Sequence[Row]],
 ]
 
@@ -105,96 +105,96 @@ class GradientTransform(eqx.Module):
         return self if instance is None else eqx.Partial(self, instance)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        call = Call(self, args, kwargs)
-        if isinstance(call.states, StateValues) or _closes_over_ref(self.func):
-            numbers, output, rows = self._differentiate_over_values(call)
+        flat_func = FlatFunction(self, args, kwargs)
+        if isinstance(flat_func.states, StateValues) or _closes_over_ref(self.func):
+            numbers, output, rows = self._differentiate_over_values(flat_func)
         else:
-            numbers, output, rows = self._differentiate(call)
-        results = [self._arrange(call, output, rows)]
+            numbers, output, rows = self._differentiate(flat_func)
+        results = [self._arrange(flat_func, output, rows)]
         if self.return_value or self.has_aux:
             value, aux = output.combine(numbers)
             results += [value] * self.return_value + [aux] * bool(self.has_aux)
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _differentiate(self, call: Call) -> Any:
+    def _differentiate(self, flat_func: FlatFunction) -> Any:
         """The direct road: JAX differentiates `func` as it is."""
         if not state.exists.is_set():
-            return self._apply_rule(call, call.diff, call)
+            return self._apply_rule(flat_func, flat_func.diff, flat_func)
         if isinstance(jax.device_put(_PROBE), jax.core.Tracer):
-            return self._differentiate_apart(call)
+            return self._differentiate_apart(flat_func)
         with state.lock:
             journal = state.Journal({id(ref): (ref, ref[...]) for ref in state.set_by_compiled})
         state.journals.active.append(journal)
         try:
-            return self._apply_rule(call, call.diff, call)
+            return self._apply_rule(flat_func, flat_func.diff, flat_func)
         except BaseException as error:
             journal.restore()
             if not _is_about_references(error):
                 raise
         finally:
             state.journals.active.pop()
-        return self._differentiate_over_values(call)
+        return self._differentiate_over_values(flat_func)
 
-    def _differentiate_apart(self, call: Call) -> Any:
+    def _differentiate_apart(self, flat_func: FlatFunction) -> Any:
         """The direct road while JAX traces, in a trace of its own, which may be given up."""
-        apart = jax.jit(lambda *diff: self._apply_rule(call, diff, call))
+        apart = jax.jit(lambda *diff: self._apply_rule(flat_func, diff, flat_func))
         try:
-            apart.trace(*call.diff)
+            apart.trace(*flat_func.diff)
         except Exception as error:
             if not _is_about_references(error):
                 raise
-            return self._differentiate_over_values(call)
-        return apart(*call.diff)  # as it was traced
+            return self._differentiate_over_values(flat_func)
+        return apart(*flat_func.diff)  # as it was traced
 
-    def _differentiate_over_values(self, call: Call) -> Any:
+    def _differentiate_over_values(self, flat_func: FlatFunction) -> Any:
         """The road of references: `func` is traced, and JAX differentiates it over values."""
         try:
-            traced = trace(call, call.diff)
+            traced = trace(flat_func, flat_func.diff)
         except _LOOKS_AT_VALUES as error:
             raise TypeError(
-                f"`{call.name}` traces `func`, because it uses states by reference. So `func` "
+                f"`{flat_func.name}` traces `func`, because it uses states by reference. So it "
                 "cannot decide by the value of an array, as `if`, `bool`, `int`, `float` and "
                 "NumPy do. Use `jnp.where`, `jax.lax.cond` or `jax.lax.while_loop`, or decide "
                 "by a Python number that is passed as an argument."
             ) from error
-        values = call.states if isinstance(call.states, StateValues) else None
+        values = flat_func.states if isinstance(flat_func.states, StateValues) else None
         if self.check_states and values is not None:
-            values.refuse_untouched(traced.refs, f"{call.name}(grad_states=...)")
+            values.refuse_untouched(traced.refs, f"{flat_func.name}(grad_states=...)")
         evaluate = traced.over_values({} if values is None else values.refs)
 
         def replay(*diff: Any) -> Any:
             (numbers, output), finals = evaluate(*diff)
             return numbers, dataclasses.replace(output, finals=finals)
 
-        numbers, output, rows = self._apply_rule(replay, call.diff, call)
+        numbers, output, rows = self._apply_rule(replay, flat_func.diff, flat_func)
         for ref, value in zip(traced.written, output.finals, strict=True):
             state.write(ref, value, "A state that `func` sets")
         return numbers, output, rows
 
-    def _apply_rule(self, func: Any, diff: Sequence[Any], call: Call) -> Any:
-        numbers, output, rows = self.operator.rule(func, diff, call)
+    def _apply_rule(self, func: Any, diff: Sequence[Any], flat_func: FlatFunction) -> Any:
+        numbers, output, rows = self.operator.rule(func, diff, flat_func)
         if self.debug_nan:
             blocks = [
-                block for row in rows for block in zip(row.grads, call.names, strict=True)
+                block for row in rows for block in zip(row.grads, flat_func.names, strict=True)
             ]
             pairs = [
                 (array, name) for block, name in blocks for array in jtu.tree_leaves(block)
             ]
-            raise_if_not_finite(pairs, f"{call.name}(debug_nan=True)")
+            raise_if_not_finite(pairs, f"{flat_func.name}(debug_nan=True)")
         return numbers, output, rows
 
-    def _arrange(self, call: Call, output: Output, rows: Sequence[Row]) -> Any:
+    def _arrange(self, flat_func: FlatFunction, output: Output, rows: Sequence[Row]) -> Any:
         """The derivatives with their units, in the places of the outputs and the leaves."""
-        arrange = call.arrange if self.operator.order == 1 else call.arrange_second
+        arrange = flat_func.arrange if self.operator.order == 1 else flat_func.arrange_second
         arranged = []
         for row in rows:
             grads = row.grads
             if self.unit_aware and self.operator.order == 1:
-                grads = _divide_row(grads, row.unit, call.units, self.operator.power)
+                grads = _divide_row(grads, row.unit, flat_func.units, self.operator.power)
             elif self.unit_aware:
-                firsts = [find_quotient(row.unit, by) for by in call.units]
+                firsts = [find_quotient(row.unit, by) for by in flat_func.units]
                 pairs = zip(grads, firsts, strict=True)
-                grads = [_divide_row(second, unit, call.units) for second, unit in pairs]
+                grads = [_divide_row(second, unit, flat_func.units) for second, unit in pairs]
             arranged.append(arrange(grads))
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
 
@@ -246,30 +246,35 @@ def _divide_row(
 
 
 def pull_back(
-    func: Callable[..., Any], diff: Sequence[Any], call: Call, of_scalar: bool = False
+    func: Callable[..., Any],
+    diff: Sequence[Any],
+    flat_func: FlatFunction,
+    of_scalar: bool = False,
 ) -> Any:
     """`vector_grad` and `grad`: one product of cotangents and the Jacobian."""
     numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
     if of_scalar and (numbers[1:] or jnp.ndim(numbers[0]) or jnp.iscomplexobj(numbers[0])):
         raise TypeError(
-            f"`{call.name}(func=...)` must return a real scalar. Got outputs of "
+            f"`{flat_func.name}(func=...)` must return a real scalar. Got outputs of "
             f"{name_shapes(numbers)}. Use `vector_grad` for the gradient of the sum of all "
             "outputs, or `jacrev` for all derivatives."
         )
-    refuse_unreached(pull, func, call)
+    refuse_unreached(pull, func, flat_func)
     cotangents, unit = tuple(map(jnp.ones_like, numbers)), None
-    if call.transform.cotangent is not None or output.rest.units is not None:
-        cotangents, unit = make_cotangents(numbers, output, call)
+    if flat_func.transform.cotangent is not None or output.rest.units is not None:
+        cotangents, unit = make_cotangents(numbers, output, flat_func)
     grads = pull(cotangents)
     if jax.device_count() > 1 and is_any_traced(diff):
         grads = shard_like(grads, diff)
     return numbers, output, [Row(grads, unit)]
 
 
-def pull_back_rows(func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
+def pull_back_rows(
+    func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+) -> Any:
     """`jacrev`: a product for each element of the outputs, all at once."""
     numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
-    refuse_unreached(pull, func, call)
+    refuse_unreached(pull, func, flat_func)
 
     # JAX's Jacobian, of a function that has been differentiated already.
     @jax.custom_vjp
@@ -281,10 +286,12 @@ def pull_back_rows(func: Callable[..., Any], diff: Sequence[Any], call: Call) ->
     return numbers, output, list(map(Row, blocks, output.units))
 
 
-def push_forward_columns(func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
+def push_forward_columns(
+    func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+) -> Any:
     """`jacfwd`: a product for each element of the leaves, all at once."""
     numbers, push, output = jax.linearize(func, *diff, has_aux=True)
-    refuse_unreached(push, func, call)
+    refuse_unreached(push, func, flat_func)
 
     @jax.custom_jvp
     def evaluated(*diff: Any) -> Any:
@@ -295,11 +302,13 @@ def push_forward_columns(func: Callable[..., Any], diff: Sequence[Any], call: Ca
     return numbers, output, list(map(Row, blocks, output.units))
 
 
-def push_forward_rows(func: Callable[..., Any], diff: Sequence[Any], call: Call) -> Any:
+def push_forward_rows(
+    func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+) -> Any:
     """`hessian`: forward over reverse."""
 
     def differentiate(*diff: Any) -> Any:
-        numbers, output, rows = pull_back_rows(func, diff, call)
+        numbers, output, rows = pull_back_rows(func, diff, flat_func)
         return [row.grads for row in rows], (numbers, output)
 
     transform = jax.jacfwd(differentiate, argnums=tuple(range(len(diff))), has_aux=True)

@@ -18,7 +18,7 @@ Pure = Callable[[Sequence[Any], Sequence[Any]], tuple[list[Any], list[Any]]]
 Slots = tuple[int | None, ...]
 
 
-class Inner(NamedTuple):
+class NestedEquation(NamedTuple):
     """An equation of which some inputs are references."""
 
     params: dict[str, Any]
@@ -33,7 +33,7 @@ class Inner(NamedTuple):
         return replace_at(states, self.written, finals)
 
 
-def _call(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+def _call(inner: NestedEquation, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
     pure = inner.pure(inner.params["jaxpr"], inner.slots)
     outputs, finals = pure(states, _constrain(inputs, inner.params["in_shardings"]))
     return _constrain(outputs, inner.params["out_shardings"]), finals
@@ -48,18 +48,18 @@ def _constrain(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _checkpoint(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+def _checkpoint(inner: NestedEquation, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
     pure = inner.pure(inner.params["jaxpr"], inner.slots)
     options = {name: inner.params[name] for name in ("policy", "prevent_cse")}
     return jax.checkpoint(pure, **options)(states, inputs)
 
 
-def _switch(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+def _switch(inner: NestedEquation, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
     branches = [inner.pure(branch, inner.slots[1:]) for branch in inner.params["branches"]]
     return jax.lax.switch(inputs[0], branches, states, inputs[1:])
 
 
-def _scan(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+def _scan(inner: NestedEquation, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
     pure = inner.pure(inner.params["jaxpr"], inner.slots)
     num_consts, num_carry = _count_scan(inner.params)
     consts, rest = inputs[:num_consts], inputs[num_consts:]
@@ -83,7 +83,7 @@ def _count_scan(params: dict[str, Any]) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def _while(inner: Inner, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
+def _while(inner: NestedEquation, states: Sequence[Any], inputs: Sequence[Any]) -> Any:
     num_cond, num_body = inner.params["cond_nconsts"], inner.params["body_nconsts"]
     num_consts = num_cond + num_body
     slots = inner.slots

@@ -19,7 +19,7 @@ from jax.extend.core import DebugInfo, DropVar, Jaxpr, jaxprs_in_params, Literal
 from jax.extend.core.primitives import get_p, jit_p, swap_p
 
 from .._tree.cache import Cache
-from .control_flow import find_rule, Inner, Pure, Slots
+from .control_flow import find_rule, NestedEquation, Pure, Slots
 
 
 _NO_INDEX = jtu.tree_structure(())
@@ -124,7 +124,7 @@ def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
     """An equation on references, of their values. It leaves out what is thrown away."""
     rule = find_rule(eqn, slots)
     if rule is not None:
-        inner = Inner(eqn.params, slots, written, _purify)
+        inner = NestedEquation(eqn.params, slots, written, _purify)
         more = (slots, written)
         return _remember(eqn, more, lambda: _jit_rule(eqn, rule, inner), _functions_of_loops)
     if any(True for _ in jaxprs_in_params(eqn.params)):
@@ -166,7 +166,7 @@ def _discharge(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
     return run
 
 
-def _jit_rule(eqn: Any, rule: Any, inner: Inner) -> Pure:
+def _jit_rule(eqn: Any, rule: Any, inner: NestedEquation) -> Pure:
     def replay(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         outputs, finals = rule(inner, states, inputs)
         pairs = zip(outputs, eqn.outvars, strict=True)

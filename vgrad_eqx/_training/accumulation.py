@@ -22,11 +22,11 @@ class Result(NamedTuple):
 
 
 # Takes what is carried on, a key or `None`, and a batch.
-Part = Callable[[Any, Any, Sequence[Any]], Result]
+Differentiate = Callable[[Any, Any, Sequence[Any]], Result]
 
 
 def accumulate(
-    part: Part,
+    differentiate: Differentiate,
     params: Sequence[Any],
     num_parts: int,
     nn_state: Any,
@@ -35,14 +35,14 @@ def accumulate(
 ) -> Result:
     """Differentiates part by part. Outputs and auxiliary data are stacked."""
     if num_parts == 1:
-        return part(nn_state, key, batch)
+        return differentiate(nn_state, key, batch)
     check_leading_axis(batch, num_parts, "accumulate")
     keys = None if key is None else jr.split(key, num_parts)
     units: list[Any] = []
 
     def body(carry: Any, xs: Any) -> Any:
         sums, nn_state = carry
-        result = part(nn_state, *xs)
+        result = differentiate(nn_state, *xs)
         pairs = list(map(split_unit, result.grads))
         units[:] = [unit for _, unit in pairs]
         sums = [total + number for total, (number, _) in zip(sums, pairs, strict=True)]

@@ -6,20 +6,20 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 
-from .module_plan import ModulePlan
-from .state_plan import StatePlan
+from .module_step import ModuleStep
+from .state_step import StateStep
 
 
 class Run:
     """What stays the same from state to state."""
 
-    __slots__ = ("compiled", "frozen", "lineage", "owner", "plan", "steps")
+    __slots__ = ("compiled", "frozen", "lineage", "owner", "flat_step", "steps")
 
-    def __init__(self, plan: Any, frozen: Any, lineage: Any = None):
-        self.plan = plan
-        self.owner = plan.owner
-        self.compiled = plan.compiled
-        self.steps = plan.steps_per_call
+    def __init__(self, flat_step: Any, frozen: Any, lineage: Any = None):
+        self.flat_step = flat_step
+        self.owner = flat_step.owner
+        self.compiled = flat_step.compiled
+        self.steps = flat_step.steps_per_call
         self.frozen = frozen
         self.lineage = lineage
 
@@ -84,35 +84,35 @@ class TrainState:
     def model(self) -> Any:
         self.check()
         if not hasattr(self, "_model"):
-            plan = self._get_plan(ModulePlan, "model", "Read the states after `sync()`.")
-            self._model = plan.get_model(self.leaves, self.run.frozen)
+            flat_step = self._get_step(ModuleStep, "model", "Read the states after `sync()`.")
+            self._model = flat_step.get_model(self.leaves, self.run.frozen)
         return self._model
 
     @property
     def optimizer(self) -> Any:
         self.check()
-        return self.run.plan.get_optimizer(self.leaves, self.count)
+        return self.run.flat_step.get_optimizer(self.leaves, self.count)
 
     @property
     def nn_state(self) -> Any:
         self.check()
-        plan = self._get_plan(ModulePlan, "nn_state", "Read the states after `sync()`.")
-        return plan.get_nn_state(self.leaves)
+        flat_step = self._get_step(ModuleStep, "nn_state", "Read the states after `sync()`.")
+        return flat_step.get_nn_state(self.leaves)
 
     @property
     def key(self) -> Any:
         self.check()
-        keys = self.run.plan.copy(self.leaves, self.run.plan.key)
-        return self.run.plan.wrap_key(keys[0]) if keys else None
+        keys = self.run.flat_step.copy(self.leaves, self.run.flat_step.key)
+        return self.run.flat_step.wrap_key(keys[0]) if keys else None
 
     def sync(self) -> None:
         """Sets the states by reference to the values that are carried."""
         self.check()
-        plan = self._get_plan(StatePlan, "sync", "Its module is `model`.")
-        plan.sync(self.leaves, self.count)
+        flat_step = self._get_step(StateStep, "sync", "Its module is `model`.")
+        flat_step.sync(self.leaves, self.count)
 
     def __enter__(self) -> "TrainState":
-        self._get_plan(StatePlan, "with", "Its module is `model`.")
+        self._get_step(StateStep, "with", "Its module is `model`.")
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -130,13 +130,13 @@ class TrainState:
     def to_tree(self) -> dict[str, Any]:
         """All arrays by name, for a checkpoint."""
         self.check()
-        return {"count": self.count, **self.run.plan.to_tree(self.leaves, self.run.frozen)}
+        return {"count": self.count, **self.run.flat_step.to_tree(self.leaves, self.run.frozen)}
 
     def from_tree(self, tree: dict[str, Any]) -> "TrainState":
         """A state like this one, of such arrays."""
-        plan = self.run.plan
-        leaves, frozen = plan.from_tree(tree)
-        state = TrainState(Run(plan, frozen, self.run.lineage), leaves, tree["count"])
+        flat_step = self.run.flat_step
+        leaves, frozen = flat_step.from_tree(tree)
+        state = TrainState(Run(flat_step, frozen, self.run.lineage), leaves, tree["count"])
         if self.run.lineage is not None:
             self.run.lineage.latest = state
         return state
@@ -145,11 +145,11 @@ class TrainState:
     def is_donated(self) -> bool:
         return any(isinstance(x, jax.Array) and x.is_deleted() for x in self.leaves)
 
-    def _get_plan(self, kind: Any, name: str, instead: str) -> Any:
-        if not isinstance(self.run.plan, kind):
-            over = "states by reference" if kind is ModulePlan else "a module"
+    def _get_step(self, kind: Any, name: str, instead: str) -> Any:
+        if not isinstance(self.run.flat_step, kind):
+            over = "states by reference" if kind is ModuleStep else "a module"
             raise TypeError(f"`TrainState.{name}` is not for a state of {over}. {instead}")
-        return self.run.plan
+        return self.run.flat_step
 
     def __repr__(self) -> str:
         if self.is_donated:
@@ -163,7 +163,7 @@ def _flatten(state: TrainState) -> tuple[Sequence[Any], Any]:
 
 def _unflatten(run: Run, children: Sequence[Any]) -> TrainState:
     leaves, frozen, count = children
-    return TrainState(Run(run.plan, frozen, run.lineage), leaves, count)
+    return TrainState(Run(run.flat_step, frozen, run.lineage), leaves, count)
 
 
 jtu.register_pytree_node(TrainState, _flatten, _unflatten)

@@ -17,9 +17,9 @@ from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
-from .module_plan import ModulePlan
-from .plan import Metrics, Options
-from .state_plan import StatePlan, UnknownStates
+from .flat_step import Metrics, Options
+from .module_step import ModuleStep
+from .state_step import StateStep, UnknownStates
 from .train_state import Lineage, Run, TrainState
 
 
@@ -50,7 +50,7 @@ class TrainStep:
         self._options = options
         self._grad_states = grad_states
         # The compiled steps, by what tells them apart.
-        self._plans = Cache()
+        self._flat_steps = Cache()
 
     def init(
         self,
@@ -102,14 +102,14 @@ class TrainStep:
                 f"{_list(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
                 "`optimizer.reselect(model, selector)`."
             )
-        plan = ModulePlan(self, self._options, flat, optimizer, key, nn_state)
-        known = self._plans.get(plan.signature)
+        flat_step = ModuleStep(self, self._options, flat, optimizer, key, nn_state)
+        known = self._flat_steps.get(flat_step.signature)
         if known is None:
-            self._plans.set(plan.signature, plan)
+            self._flat_steps.set(flat_step.signature, flat_step)
         else:
-            plan = known
-        leaves, frozen = plan.start(flat, optimizer, key, nn_state)
-        return TrainState(Run(plan, frozen), leaves, int(optimizer.count))
+            flat_step = known
+        leaves, frozen = flat_step.start(flat, optimizer, key, nn_state)
+        return TrainState(Run(flat_step, frozen), leaves, int(optimizer.count))
 
     def __call__(self, state: TrainState, /, *batch: Any) -> tuple[TrainState, Metrics]:
         """Takes the steps of one call, and takes over the arrays of `state`.
@@ -189,14 +189,14 @@ class StateTrainStep(TrainStep):
                 f"`grad_states` names, {eqx.tree_pformat(states)}. Got "
                 f"{eqx.tree_pformat(getattr(optimizer, 'states', optimizer))}."
             )
-        plan = StatePlan(self, self._options, optimizer, key)
+        flat_step = StateStep(self, self._options, optimizer, key)
         lineage = Lineage()
-        state = TrainState(Run(plan, (), lineage), plan.start(), int(optimizer.count))
+        state = TrainState(Run(flat_step, (), lineage), flat_step.start(), int(optimizer.count))
         lineage.latest = state
         if batch is None:
             return state
         try:
-            jax.eval_shape(plan.run, state.leaves, (), tuple(batch))
+            jax.eval_shape(flat_step.run, state.leaves, (), tuple(batch))
         except UnknownStates as unknown:
             return _extend(state, unknown)
         return state
@@ -321,8 +321,8 @@ def train_step(
 def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
     """The same state, which carries the values of more states by reference."""
     run = state.run
-    plan, leaves = run.plan.extend(state.leaves, unknown.refs)
-    extended = TrainState(Run(plan, run.frozen, run.lineage), leaves, state.count)
+    flat_step, leaves = run.flat_step.extend(state.leaves, unknown.refs)
+    extended = TrainState(Run(flat_step, run.frozen, run.lineage), leaves, state.count)
     run.lineage.latest = extended
     return extended
 

@@ -1,4 +1,4 @@
-"""A call of `func` as a function of numbers: where they stand in its arguments and its output.
+"""`func` in one call, as a function of numbers: where they stand in arguments and output.
 
 The user's pytrees stop here. What JAX differentiates takes and returns flat lists of arrays, in
 which a Quantity is its number.
@@ -21,8 +21,8 @@ from .._tree.flat import FlatTree, is_scalar, Rest
 Func = Callable[..., Any]
 
 
-class Call:
-    """One call of `func`, as a function of the numbers by which it is differentiated."""
+class FlatFunction:
+    """`func` with its arguments, as a function of the numbers to differentiate by."""
 
     def __init__(self, transform: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.transform = transform

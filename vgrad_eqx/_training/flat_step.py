@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from .._gradients.call import split_output
 from .._gradients.engine import make_transform, Operator, pull_back
+from .._gradients.flat_function import split_output
 from .._optimizers.norms import grad_norms
 from .._tree.sharding import constrain, find_sharding, spread
 from .._tree.units import attach_unit, find_factors, scale_number
@@ -67,7 +67,7 @@ class Options(NamedTuple):
     grad_norms: bool
 
 
-class Plan(abc.ABC):
+class FlatStep(abc.ABC):
     """A training step of flat arrays: parameters, optax state, key, and others, in this order.
 
     The steps are counted outside, which takes less time than to pass one array more.

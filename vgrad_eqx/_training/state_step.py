@@ -13,7 +13,7 @@ from .._tree.cache import Cache
 from .._tree.state import read, State, write
 from .._tree.units import attach_unit, split_unit
 from .accumulation import accumulate, Result
-from .plan import list_kinds, Metrics, name_key, Options, Plan, strip_key
+from .flat_step import FlatStep, list_kinds, Metrics, name_key, Options, strip_key
 
 
 class UnknownStates(Exception):
@@ -24,7 +24,7 @@ class UnknownStates(Exception):
         self.refs = refs
 
 
-class StatePlan(Plan):
+class StateStep(FlatStep):
     """States are trained. The values of all that the function uses are carried.
 
     Written down with states, as one would by hand, the step is traced; and the trace is called
@@ -61,10 +61,10 @@ class StatePlan(Plan):
         return self.enter(list(map(read, self.refs)))
 
     def extend(self, leaves: Sequence[Any], refs: Sequence[jax.Ref]) -> Any:
-        """A plan that carries the values of more states, and its leaves."""
+        """A step that carries the values of more states, and its leaves."""
         known = {id(self._count), *map(id, self.refs)}
         new = [ref for ref in refs if id(ref) not in known]
-        plan = StatePlan(
+        flat_step = StateStep(
             self.owner,
             self.options,
             self.state_optimizer,
@@ -73,7 +73,7 @@ class StatePlan(Plan):
             self._traces,
         )
         values = [*self.unpack(leaves), *map(read, new)]
-        return plan, plan.enter(values)
+        return flat_step, flat_step.enter(values)
 
     def once(self, arrays: list[Any], frozen: Any, batch: Any) -> tuple[list[Any], Metrics]:
         inputs, structure = jtu.tree_flatten(batch)

@@ -14,7 +14,7 @@ from .._select.selectors import Indices
 from .._tree.flat import FlatTree
 from .._tree.units import split_unit
 from .accumulation import accumulate, Result
-from .plan import list_kinds, Metrics, name_key, Options, Plan, strip_key
+from .flat_step import FlatStep, list_kinds, Metrics, name_key, Options, strip_key
 
 
 class _Carry(NamedTuple):
@@ -26,7 +26,7 @@ class _Carry(NamedTuple):
     nn_state: Any
 
 
-class ModulePlan(Plan):
+class ModuleStep(FlatStep):
     """Chosen leaves of a module are trained, and its other arrays are frozen."""
 
     def __init__(
