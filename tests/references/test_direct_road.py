@@ -238,3 +238,16 @@ def test_arrays_that_a_helper_closes_over_are_not_kept_alive(by_state):
         run()
     gc.collect()
     assert not [array for array in jax.live_arrays() if array.size == 12_345]
+
+
+def test_setting_a_state_under_vmap_says_so_and_sets_nothing():
+    s = vg.State(START)
+
+    def func(w):
+        s.value = w
+        return w**2
+
+    with pytest.raises(ValueError, match="cannot be set inside of `jax.vmap`"):
+        jax.vmap(vg.vector_grad(func))(jnp.stack([X, X]))
+    assert tree_allclose(s.value, START)
+    assert tree_allclose(vg.vector_grad(func)(X), 2 * X)

@@ -160,13 +160,8 @@ class Journal(dict[int, tuple[jax.Ref, jax.Array]]):
     undoes what it has set, after an exception.
     """
 
-    def record(self, ref: jax.Ref) -> None:
-        if id(ref) not in self and not isinstance(ref, jax.core.Tracer):
-            with jax.ensure_compile_time_eval():  # the value now, also while a loop is traced
-                self[id(ref)] = ref, ref[...]
-
     def restore(self) -> None:
-        with lock, jax.ensure_compile_time_eval():
+        with lock, jax.core.eval_context():
             for ref, old in self.values():
                 ref[...] = old
 
@@ -194,13 +189,16 @@ def read(ref: jax.Ref) -> jax.Array:
 def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
     with lock:
-        for journal in journals.active:
-            journal.record(ref)
+        is_traced = isinstance(ref, jax.core.Tracer)
+        before = None
+        if journals.active and not is_traced:
+            with jax.core.eval_context():  # the value now, also while a loop is traced
+                before = ref[...]
         old = ref[...] if isinstance(value, jax.core.Tracer) else None
-        if isinstance(old, jax.core.Tracer) and not isinstance(ref, jax.core.Tracer):
+        if isinstance(old, jax.core.Tracer) and not is_traced:
             set_by_compiled.add(ref)
         try:
-            return jax.ref.swap(ref, ..., value)
+            swapped = jax.ref.swap(ref, ..., value)
         except Exception as error:
             if type(error) is not Exception:  # JAX has no type for these two errors
                 raise
@@ -216,6 +214,10 @@ def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
                 "differentiates. Differentiate by an operator of `vgrad_eqx`, which passes it "
                 "on, or return it as auxiliary data and set it afterwards."
             ) from error
+        for journal in journals.active:
+            if before is not None:
+                journal.setdefault(id(ref), (ref, before))
+        return swapped
 
 
 def is_about_references(error: BaseException | None) -> bool:
