@@ -251,3 +251,15 @@ def test_setting_a_state_under_vmap_says_so_and_sets_nothing():
         jax.vmap(vg.vector_grad(func))(jnp.stack([X, X]))
     assert tree_allclose(s.value, START)
     assert tree_allclose(vg.vector_grad(func)(X), 2 * X)
+
+
+def test_a_state_that_compiled_code_has_deleted_is_no_hindrance():
+    s = vg.State(START)
+
+    @jax.jit
+    def fail():
+        s.value = eqx.error_if(s.value, s.value[0] > 0, "mine")
+
+    with pytest.raises(Exception, match="mine"):
+        jax.block_until_ready(fail())
+    assert tree_allclose(vg.vector_grad(lambda w: w**2)(X), 2 * X)

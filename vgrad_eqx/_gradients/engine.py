@@ -122,8 +122,13 @@ class GradientTransform(eqx.Module):
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
         if isinstance(jax.device_put(_PROBE), jax.core.Tracer):
             return self._differentiate_apart(flat_func)
+        journal = state.Journal()
         with state.lock:
-            journal = state.Journal({id(ref): (ref, ref[...]) for ref in state.set_by_compiled})
+            for ref in state.set_by_compiled:
+                try:
+                    journal[id(ref)] = ref, ref[...]
+                except RuntimeError:  # compiled code that failed has deleted it
+                    continue
         state.journals.active.append(journal)
         try:
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
