@@ -307,7 +307,7 @@ BEHIND = {
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_leaf_that_no_gradient_can_reach_is_named(func, compiled):
     wrap = jax.jit if compiled else lambda func: func
-    with pytest.raises(ValueError, match="It does not depend on `idle`. No gradient reaches"):
+    with pytest.raises(ValueError, match="It does not depend on `idle`.*No gradient reaches"):
         wrap(lambda tree, x: vector_grad(func, True)(tree, x))(TREE, X)
 
 

@@ -49,9 +49,9 @@ def refuse_unreached(linear: Any, func: Any, flat_func: FlatFunction) -> None:
         raise ValueError(
             f"`{flat_func.name}(grad_states=...)` must select leaves on which the output of "
             f"`func` depends. It does not depend on {shorten(names)}. "
-            "No gradient reaches what is behind `stop_gradient` either. Narrow the selector, "
-            "say by `& ~vg.path(...)`, or for a model with frozen wrappers by "
-            "`~vg.instance(paramax.NonTrainable)`; or pass `check_states=False` to get zeros."
+            "Narrow the selector, say by `& ~vg.path(...)`, or for a model with frozen "
+            "wrappers by `~vg.instance(paramax.NonTrainable)`; or pass `check_states=False` to "
+            "get zeros. No gradient reaches a leaf that is behind `stop_gradient` alone, either."
         )
 
 

@@ -161,6 +161,9 @@ class _SelectedLeaves:
         for selector in grad_states.entries:
             self._selections.append(selection := select(flat, selector, caller))
             by_index.update(zip(*selection, strict=True))
+        by_index = dict(
+            sorted(by_index.items())
+        )  # errors name leaves in the order of the model
         split = flat.split(list(by_index))
         self.diff, self.units, self._rest = split.diff, split.rest.units, split.rest
         self.names = list(by_index.values())
