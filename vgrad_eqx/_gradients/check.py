@@ -51,7 +51,7 @@ def refuse_unreached(linear: Any, func: Any, flat_func: FlatFunction) -> None:
             f"`func` depends. It does not depend on {shorten(names)}. "
             "Narrow the selector, say by `& ~vg.path(...)`, or for a model with frozen "
             "wrappers by `~vg.instance(paramax.NonTrainable)`; or pass `check_states=False` to "
-            "get zeros. No gradient reaches a leaf that is behind `stop_gradient` alone, either."
+            "get zeros. No gradient reaches a leaf behind `stop_gradient` alone, either."
         )
 
 
