@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._gradients.engine import GradientTransform
-from .._tree.flat import is_any_traced, is_scalar, Split, split_arrays
+from .._tree.flat import is_any_traced, is_scalar, Rest, Split, split_arrays
 from .._tree.missing import MISSING
 from .._tree.state import is_reference
 from .reader import find_contents, make_guard, make_reader
@@ -137,28 +137,26 @@ class _Program:
         # The arrays of the function are arguments as well, or they would be constants.
         own_func = func if split_arrays(func, _is_array).diff else None
         first, others = marked[0], (own_func, tuple(marked[1:]), kwargs)
-        combine_first = split_arrays(first, _is_array).rest.combine
-        combine_others = split_arrays(others, _is_array).rest.combine
-        is_own = own_func is not None
+        first_rest, other_rest = (split_arrays(x, _is_array).rest for x in (first, others))
+        _refuse_unhashable(first_rest, other_rest)
 
         def run(leaves: Sequence[Any], other_leaves: Sequence[Any]) -> Any:
-            first = combine_first(leaves)
-            own_func, rest, kwargs = combine_others(other_leaves)
+            first = first_rest.combine(leaves)
+            own_func, rest, kwargs = other_rest.combine(other_leaves)
             args = rest if first is MISSING else (first, *rest)
-            out = (own_func if is_own else func)(*args, **kwargs)
+            out = (func if own_func is None else own_func)(*args, **kwargs)
             split = split_arrays(out, _is_array)
             return out if len(split.diff) == split.rest.structure.num_leaves else split
 
         run.__name__ = getattr(func, "__name__", run.__name__)
         self.compiled = jax.jit(run, inline=True, donate_argnums=donate)
-        _refuse_unhashable(first, others)
         # Give the arrays in the first argument, and in the others, or `None` if these differ.
         self.read_first = read_first = _make_array_reader(first, numbers)
         if isinstance(first, eqx.Module):
             self.read_first = self._watch(read_first)
         read_others = _make_array_reader(others, numbers)
         self.read_others = lambda rest, kwargs: read_others((own_func, rest, kwargs))
-        if not is_own and not kwargs and all(map(_is_array, marked[1:])) and not numbers:
+        if own_func is None and not kwargs and all(map(_is_array, marked[1:])) and not numbers:
             self.read_others = _make_plain_reader(len(rest))
 
     def read(self, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,10 +195,9 @@ class _Program:
         self.read_first = make_guard(module, contents, leaves, watch, forget)
 
 
-def _refuse_unhashable(*trees: Any) -> None:
+def _refuse_unhashable(*rests: Rest) -> None:
     """Refuses static values that could change unnoticed."""
-    for tree in trees:
-        rest = split_arrays(tree, _is_array).rest
+    for rest in rests:
         for constant in (rest.structure, *rest.constants):
             try:
                 hash(constant)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools as ft
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -40,13 +41,12 @@ class FlatTree:
     @ft.cached_property
     def key_paths(self) -> list[jtu.KeyPath]:
         pairs, _ = jtu.tree_flatten_with_path(self.tree, is_leaf=self._is_leaf)
-        return [key_path for key_path, _ in pairs]
+        return list(map(operator.itemgetter(0), pairs))
 
     @ft.cached_property
     def names(self) -> list[str]:
         """The dotted path of every leaf."""
-        pairs, _ = jtu.tree_flatten_with_path(self.tree, is_leaf=self._is_leaf)
-        return [jtu.keystr(key_path, simple=True, separator=".") for key_path, _ in pairs]
+        return list(map(name_of, self.key_paths))
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The pytree with other leaves."""
@@ -142,5 +142,4 @@ def is_scalar(leaf: Any) -> bool:
     return isinstance(leaf, float | complex)
 
 
-def name_of(key_path: jtu.KeyPath) -> str:
-    return jtu.keystr(key_path, simple=True, separator=".")
+name_of = ft.partial(jtu.keystr, simple=True, separator=".")
