@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from vgrad_eqx._jit.reader import make_guard, make_reader
+from vgrad_eqx._jit.generated import make_builder, make_reader
 
 
 class Pair(NamedTuple):
