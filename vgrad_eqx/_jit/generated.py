@@ -27,24 +27,24 @@ def make_reader(
     others: dict[str, Any],
     is_array: Callable[[Any], bool],
     check: Callable[[Sequence[Any], Sequence[Any]], bool],
-    own: Sequence[Any] = (),
 ) -> Callable[..., Arrays | None]:
     """Writes a function of a pytree and of others, passed by position in this order.
 
-    It returns the arrays of the first, and those of the others before `own`, or `None` for
-    pytrees that differ from these in anything else. Where a leaf has another type than here,
-    `check` of the arrays decides.
+    It returns the arrays of the first, and those of the others, or `None` for pytrees that
+    differ from these in anything else. Where a leaf has another type than here, `check` of
+    the arrays decides.
     """
     code = _Code(is_array)
     code.read(first, "first")
     num_first = len(code.arrays)
     for name, tree in others.items():
         code.read(tree, name)
-    arrays = code.arrays[:num_first], [*code.arrays[num_first:], "*own"]
-    # A dict is sorted by JAX, but read in the order of the arguments.
-    types = list(map(type, split_arrays(first, is_array).diff))
-    other_types = list(map(type, [*split_arrays([*others.values()], is_array).diff, *own]))
-    code.objects |= {"check": check, "own": own, "types": types, "other_types": other_types}
+    arrays = code.arrays[:num_first], code.arrays[num_first:]
+    types, other_types = (
+        list(map(type, split_arrays(tree, is_array).diff))
+        for tree in (first, [*others.values()])
+    )
+    code.objects |= {"check": check, "types": types, "other_types": other_types}
     lines = [
         *code.lines,
         f"arrays = [{', '.join(arrays[0])}]",
@@ -97,18 +97,22 @@ class _Code:
         exec(source, self.objects)
         return self.objects[name]
 
-    def read(self, node: Any, text: str) -> None:
-        """Reads a node like this one, which is what the expression `text` gives."""
-        if node is None:
-            self._refuse(f"{text} is not None")
-        elif not jtu.all_leaves([node]):
-            self._read_node(node, self._assign(text))
-        elif self._is_array(node):
-            self.arrays.append(text)
-        else:
-            self._compare(text, node)
+    def read(self, tree: Any, text: str) -> None:
+        """Reads a pytree like this one, which is what the expression `text` gives."""
+        stack = [(tree, text)]
+        while stack:
+            node, text = stack.pop()
+            if node is None:
+                self._refuse(f"{text} is not None")
+            elif not jtu.all_leaves([node]):
+                stack += reversed(self._read_node(node, self._assign(text)))
+            elif self._is_array(node):
+                self.arrays.append(text)
+            else:
+                self._compare(text, node)
 
-    def _read_node(self, node: Any, name: str) -> None:
+    def _read_node(self, node: Any, name: str) -> list[tuple[Any, str]]:
+        """The children of a node, each with the expression that gives it."""
         self._refuse(f"type({name}) is not {self._refer(type(node))}")
         if isinstance(node, eqx.Module):
             dynamic, others, absent = _list_fields(node)
@@ -117,71 +121,91 @@ class _Code:
             self._refuse(f"len({fields}) != {num_fields} and not {is_absent}")
             for key, value in others.items():
                 self._compare(f"{fields}[{key!r}]", value)
-            for key, value in dynamic.items():
-                self.read(value, f"{fields}[{key!r}]")
-        elif type(node) is dict:
+            return [(value, f"{fields}[{key!r}]") for key, value in dynamic.items()]
+        if type(node) is dict:
             self._refuse(f"len({name}) != {len(node)}")
             keys = sorted(node)
             if len(keys) > 1 and all(map(self._is_array, node.values())):
                 self.arrays.append(f"*{self._refer(operator.itemgetter(*keys))}({name})")
-                return
-            for key in keys:
-                self.read(node[key], f"{name}[{self._refer(key)}]")
-        elif isinstance(node, tuple | list):
-            self._read_children(node, name)
-        elif (unit := split_unit(node)[1]) is not None:
-            self._compare(f"{name}.unit", unit)
-            self.read(split_unit(node)[0], f"{name}.mantissa")
-        else:
-            children, data = jtu.default_registry.flatten_one_level(node)
-            known, held = next(self._names), next(self._names)
-            self.lines.append(f"{known}, {held} = flatten_one_level({name})")
-            self._compare(held, data)
-            self._read_children(list(children), known)
-
-    def _read_children(self, nodes: Sequence[Any], name: str) -> None:
-        self._refuse(f"len({name}) != {len(nodes)}")
-        if nodes and all(map(self._is_array, nodes)):
-            self.arrays.append(f"*{name}")
-            return
-        for i, node in enumerate(nodes):
-            self.read(node, f"{name}[{i}]")
-
-    def build(self, node: Any) -> str:
-        """Builds a node like this one. Returns the name of it."""
-        if node is None:
-            return "None"
-        if not jtu.all_leaves([node]):
-            return self._build_node(node)
-        if not self._is_array(node):
-            return self._refer(node)
-        self.arrays.append(next(self._names))
-        return self.arrays[-1]
-
-    def _build_node(self, node: Any) -> str:
-        kind = self._refer(type(node))
-        if isinstance(node, eqx.Module):
-            dynamic, others, _ = _list_fields(node)
-            values = [f"{key!r}: {self.build(value)}" for key, value in dynamic.items()]
-            values += [f"{key!r}: {self._refer(value)}" for key, value in others.items()]
-            name = self._assign(f"new({kind})")
-            self.lines.append(f"set_fields({name}, {{{', '.join(values)}}})")
-            return name
-        if type(node) is dict:
-            items = [f"{self._refer(key)}: {self.build(node[key])}" for key in sorted(node)]
-            return self._assign(f"{{{', '.join(items)}}}")
-        if type(node) in (tuple, list):
-            text = "".join([f"{self.build(child)}, " for child in node])
-            return self._assign(f"({text})" if type(node) is tuple else f"[{text}]")
-        if isinstance(node, tuple):  # a named one
-            return self._assign(f"{kind}({', '.join(map(self.build, node))})")
+                return []
+            return [(node[key], f"{name}[{self._refer(key)}]") for key in keys]
         number, unit = split_unit(node)
         if unit is not None:
-            number = self.build(number)
-            return self._assign(f"{kind}.tree_unflatten({self._refer(unit)}, ({number},))")
+            self._compare(f"{name}.unit", unit)
+            return [(number, f"{name}.mantissa")]
+        children = node
+        if not isinstance(node, tuple | list):
+            children, data = jtu.default_registry.flatten_one_level(node)
+            opened = self._assign(f"flatten_one_level({name})")
+            self._compare(f"{opened}[1]", data)
+            name, children = self._assign(f"{opened}[0]"), list(children)
+        self._refuse(f"len({name}) != {len(children)}")
+        if children and all(map(self._is_array, children)):
+            self.arrays.append(f"*{name}")
+            return []
+        return [(child, f"{name}[{i}]") for i, child in enumerate(children)]
+
+    def build(self, tree: Any) -> str:
+        """Builds a pytree like this one. Returns the name of it."""
+        stack, opened = [tree], []
+        while stack:
+            node = stack.pop()
+            children, write = self._open(node)
+            opened.append((len(children), write))
+            stack += reversed(children)
+        built: list[str] = []
+        for num_children, write in reversed(opened):  # children come after their parent
+            built.append(write([built.pop() for _ in range(num_children)]))
+        return built.pop()
+
+    def _open(self, node: Any) -> tuple[list[Any], Callable[[list[str]], str]]:
+        """The children of a node, and what writes the code for it from their names."""
+        if node is None or jtu.all_leaves([node]):
+            text = "None" if node is None else self._build_leaf(node)
+            return [], lambda names: text
+        kind = self._refer(type(node))
+        if isinstance(node, eqx.Module):
+            return self._open_module(node, kind)
+        if type(node) is dict:
+            keys = sorted(node)
+            before = [f"{self._refer(key)}: " for key in keys]
+            return [node[key] for key in keys], lambda names: self._assign(
+                f"{{{', '.join(map(operator.add, before, names))}}}"
+            )
+        if type(node) is list:
+            return node, lambda names: self._assign(f"[{', '.join(names)}]")
+        if isinstance(node, tuple):
+            start = kind if hasattr(node, "_fields") else ""
+            return list(node), lambda names: self._assign(
+                f"{start}({''.join([f'{name}, ' for name in names])})"
+            )
+        number, unit = split_unit(node)
+        if unit is not None:
+            held = self._refer(unit)
+            return [number], lambda names: self._assign(
+                f"{kind}.tree_unflatten({held}, ({names[0]},))"
+            )
         children, structure = jtu.tree_flatten(node, is_leaf=lambda x: x is not node)
-        text = ", ".join(map(self.build, children))
-        return self._assign(f"unflatten({self._refer(structure)}, [{text}])")
+        held = self._refer(structure)
+        return children, lambda names: self._assign(f"unflatten({held}, [{', '.join(names)}])")
+
+    def _open_module(self, module: eqx.Module, kind: str) -> Any:
+        dynamic, others, _ = _list_fields(module)
+        static = [f"{key!r}: {self._refer(value)}" for key, value in others.items()]
+
+        def write(names: list[str]) -> str:
+            fields = [f"{key!r}: {name}" for key, name in zip(dynamic, names, strict=True)]
+            name = self._assign(f"new({kind})")
+            self.lines.append(f"set_fields({name}, {{{', '.join([*fields, *static])}}})")
+            return name
+
+        return list(dynamic.values()), write
+
+    def _build_leaf(self, leaf: Any) -> str:
+        if not self._is_array(leaf):
+            return self._refer(leaf)
+        self.arrays.append(next(self._names))
+        return self.arrays[-1]
 
     def _assign(self, text: str) -> str:
         name = next(self._names)

@@ -4,7 +4,9 @@ import contextlib
 import functools as ft
 import inspect
 import threading
+import types
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,8 +16,10 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._gradients.engine import GradientTransform
+from .._tree.cache import Cache
 from .._tree.flat import is_scalar, Rest, split_arrays
 from .._tree.missing import MISSING
+from .._tree.numpy_leaves import is_numpy, remember_types
 from .._tree.state import is_reference
 from .callbacks import explain, has_callback, wait
 from .generated import Arrays, make_builder, make_reader
@@ -87,16 +91,22 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
             f"`jit(donate=...)` must be one of {', '.join(map(repr, _DONATED))}. Got "
             f"{donate!r}."
         )
-    programs = _Programs(func, donate)
+    return _compile(func, donate)
+
+
+def _compile(func: Any, donate: Donate) -> Any:
+    programs = _find_programs(func, donate)
+    # The arrays of the function are arguments as well, or they would be constants.
+    own = split_arrays(func, _is_array).diff
 
     # A function, because Python calls one faster than an object, and a module slower yet.
     def call(first=MISSING, /, *rest, **kwargs):
-        if first is MISSING and kwargs:
-            first, rest, kwargs = programs.bind(kwargs)
         program = programs.latest
-        inputs = program.read(first, rest, kwargs)
+        inputs = None if first is MISSING else program.read(first, rest, kwargs)
         if inputs is None:
-            program, inputs = programs.find(first, rest, kwargs)
+            program, inputs = programs.find(func, first, rest, kwargs)
+        if own:
+            inputs[1].extend(own)
         try:
             result = program.compiled(*inputs)
             if program.is_traced:
@@ -106,14 +116,27 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
             raise
         return result()
 
-    def lower(first=MISSING, /, *rest, **kwargs):
-        if first is MISSING and kwargs:
-            first, rest, kwargs = programs.bind(kwargs)
-        program, inputs = programs.find(first, rest, kwargs)
-        return _Lowered(program.jitted.lower(*inputs), program)
+    def read(first=MISSING, /, *rest, **kwargs):
+        program, (arrays, others) = programs.find(func, first, rest, kwargs)
+        return program, (arrays, [*others, *own])
 
-    vars(call)["lower"] = lower
+    vars(call)["lower"] = ft.partial(_lower, read)
     return ft.update_wrapper(call, func, updated=())
+
+
+def _lower(read: Callable[..., tuple["_Program", Arrays]], *args: Any, **kwargs: Any) -> Any:
+    program, inputs = read(*args, **kwargs)
+    return _Lowered(program.lower(inputs), read)
+
+
+def _bind(func: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Keyword arguments as the first one, other positional ones, and the rest."""
+    try:
+        bound = inspect.signature(func).bind(**kwargs)
+    except (TypeError, ValueError):  # the call itself says what is wrong
+        return MISSING, (), kwargs
+    first, *rest = bound.args or (MISSING,)
+    return first, tuple(rest), bound.kwargs
 
 
 class _NoProgram:
@@ -125,43 +148,66 @@ class _NoProgram:
 
 
 class _Programs:
-    """The programs of one function, one for each kind of arguments."""
+    """The programs of one function, one for each kind of arguments.
 
-    def __init__(self, func: Any, donate: Donate):
-        self._func = func
-        self._donate = donate
+    `find_func` gives the function with these arrays.
+    """
+
+    def __init__(self, find_func: Callable[[Sequence[Any]], Any], name: str, donate: Donate):
+        self._make = ft.partial(_Program, find_func, name, donate)
         self._lock = threading.Lock()
         self._programs: list[_Program] = []
         self.latest: Any = _NoProgram
 
-    @ft.cached_property
-    def _signature(self) -> inspect.Signature:
-        return inspect.signature(self._func)
-
-    def bind(self, kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Keyword arguments as the first one, other positional ones, and the rest."""
-        try:
-            bound = self._signature.bind(**kwargs)
-        except (TypeError, ValueError):  # raised again, by the call, where it is an error
-            return MISSING, (), kwargs
-        first, *rest = bound.args or (MISSING,)
-        return first, tuple(rest), bound.kwargs
-
     def find(
-        self, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Any, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple["_Program", Arrays]:
         """A program for these arguments, and what it takes."""
+        if first is MISSING and kwargs:
+            first, rest, kwargs = _bind(func, kwargs)
         with self._lock:
             for program in self._programs:
                 inputs = program.read(first, rest, kwargs)
                 if inputs is not None:
                     self.latest = program
                     return program, inputs
-            self.latest = program = _Program(self._func, self._donate, first, rest, kwargs)
+            given = [first, *rest]
+            args = _mark_numbers(func, given)
+            numbers = [x for x, arg in zip(args, given, strict=True) if x is not arg]
+            program = self._make(args, kwargs, numbers)
+            inputs = program.read(first, rest, kwargs)
+            assert inputs is not None
+            self.latest = program
             self._programs = [program, *self._programs[:_MOST]]
-        inputs = program.read(first, rest, kwargs)
-        assert inputs is not None
         return program, inputs
+
+
+def _find_programs(func: Any, donate: Donate) -> _Programs:
+    """The programs of a function, which are the same if it is passed to `jit` again.
+
+    Those of a Python function live as long as it does. Those of a module serve all that differ
+    from it in their arrays only, if they keep nothing alive that a function closes over.
+    """
+    name = getattr(func, "__name__", "run")
+    rest = split_arrays(func, _is_array).rest
+    if isinstance(func, types.FunctionType):
+        find_func = weakref.ref(func)
+        of_func = _of_functions.setdefault(func, {})
+        return of_func.setdefault(donate, _Programs(lambda _: find_func(), name, donate))
+    programs = _Programs(rest.combine, name, donate)
+    if jtu.all_leaves([func]) or any(getattr(x, "__closure__", None) for x in rest.constants):
+        return programs
+    key = (donate, rest.structure, *rest.indices, *[(type(x), x) for x in rest.constants])
+    found = _of_modules.get(key)
+    if found is None:
+        _of_modules.set(key, programs)
+    return programs if found is None else found
+
+
+_of_functions: weakref.WeakKeyDictionary[Any, dict[str, _Programs]] = (
+    weakref.WeakKeyDictionary()
+)
+_of_modules = Cache()
 
 
 class _Program:
@@ -169,48 +215,52 @@ class _Program:
 
     def __init__(
         self,
-        func: Any,
+        find_func: Callable[[Sequence[Any]], Any],
+        name: str,
         donate: Donate,
-        first: Any,
-        rest: tuple[Any, ...],
+        args: list[Any],
         kwargs: dict[str, Any],
+        numbers: Sequence[Any],
     ):
-        given = [first, *rest]
-        marked = _mark_numbers(func, given)
-        numbers = [x for x, arg in zip(marked, given, strict=True) if x is not arg]
-        # The arrays of the function are arguments as well, or they would be constants.
-        trees = marked[0], (tuple(marked[1:]), kwargs), func
-        splits = [split_arrays(tree, _is_array) for tree in trees]
-        first_rest, other_rest, own_rest = [split.rest for split in splits]
+        """Of the arguments, `numbers` stand for Python numbers."""
+        trees = args[0], (tuple(args[1:]), kwargs)
+        split, other_split = [split_arrays(tree, _is_array) for tree in trees]
+        first_rest, other_rest = split.rest, other_split.rest
+        num_others = len(other_split.diff)
         _refuse_unhashable(first_rest, other_rest)
+        array_types = list(map(type, [*split.diff, *other_split.diff]))
         scalars = [
-            {i for i, x in enumerate(split.diff) if any(x is number for number in numbers)}
-            for split in splits[:2]
+            any(x is number for number in numbers) for x in [*split.diff, *other_split.diff]
         ]
-        num_others, own = len(splits[1].diff), splits[2].diff
 
         def run(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
             self._begin()
             first = first_rest.combine(arrays)
             rest, kwargs = other_rest.combine(others[:num_others])
-            called = own_rest.combine(others[num_others:]) if own else func
-            out = called(*(() if first is MISSING else (first,)), *rest, **kwargs)
+            func = find_func(others[num_others:])
+            args = rest if first is MISSING else (first, *rest)
+            with remember_types([*arrays, *others[:num_others]], array_types) as answer:
+                out = func(*args, **kwargs)
+            self._types_matter |= answer[0]
             return _Result(make_builder(out, _is_array), split_arrays(out, _is_array).diff)
 
-        def check(*inputs: Sequence[Any]) -> bool:
+        def check(arrays: Sequence[Any], others: Sequence[Any]) -> bool:
             return all(
-                _is_array(leaf) or (i in places and is_scalar(leaf))
-                for leaves, places in zip(inputs, scalars, strict=True)
-                for i, leaf in enumerate(leaves)
+                _is_array(leaf)
+                and not (self._types_matter and is_numpy(type(leaf)) != is_numpy(known))
+                or (number and is_scalar(leaf))
+                for leaf, known, number in zip(
+                    [*arrays, *others], array_types, scalars, strict=True
+                )
             )
 
-        run.__name__ = getattr(func, "__name__", run.__name__)
-        self.jitted = jax.jit(run, inline=True, donate_argnums=_DONATED[donate])
-        self.compiled: Callable[..., _Result] = self.jitted
-        self.read = make_reader(
-            marked[0], {"rest": trees[1][0], "kwargs": kwargs}, _is_array, check, own
-        )
-        self.is_traced = False  # since the last call
+        run.__name__ = name
+        self._jitted = jax.jit(run, inline=True, donate_argnums=_DONATED[donate])
+        self.compiled: Callable[..., _Result] = self._jitted
+        others = {"rest": trees[1][0], "kwargs": kwargs}
+        self.read = make_reader(args[0], others, _is_array, check)
+        self.is_traced = False  # by this call
+        self._types_matter = False
         self._is_quiet = donate.startswith("all")
         self._filters = contextlib.ExitStack()
 
@@ -221,20 +271,26 @@ class _Program:
             self._filters.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")
 
-    def end(self) -> None:
+    def _end(self) -> None:
         self.is_traced = False
         self._filters.close()
 
+    def lower(self, inputs: Arrays) -> Any:
+        try:
+            return self._jitted.lower(*inputs)
+        finally:
+            self._end()
+
     def finish(self, inputs: Arrays, result: Any) -> Any:
         """Ends a call that was traced, and finds out whether to wait for its errors."""
-        self.end()
-        if has_callback(self.jitted.trace(*inputs).jaxpr.jaxpr):
-            self.compiled = ft.partial(wait, self.jitted)
+        self._end()
+        if has_callback(self._jitted.trace(*inputs).jaxpr.jaxpr):
+            self.compiled = ft.partial(wait, self._jitted)
             wait(lambda: result)
         return result
 
     def fail(self, error: BaseException) -> None:
-        self.end()
+        self._end()
         explain(error)
 
 
@@ -249,29 +305,20 @@ jtu.register_pytree_node(_Result, lambda result: (result.args[0], result.func), 
 
 
 class _Lowered:
-    """What `jax.jit(...).lower(...)` returns, to be compiled for whole pytrees."""
+    """What `jax.jit(...).lower(...)` returns, and its `compile()`, for whole pytrees."""
 
-    def __init__(self, lowered: Any, program: _Program):
+    def __init__(self, lowered: Any, read: Callable[..., tuple[Any, Arrays]]):
         self._lowered = lowered
-        self._program = program
+        self._read = read
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lowered, name)
 
-    def compile(self, *args: Any, **kwargs: Any) -> "_Compiled":
-        return _Compiled(self._lowered.compile(*args, **kwargs), self._program)
+    def compile(self, *args: Any, **kwargs: Any) -> "_Lowered":
+        return _Lowered(self._lowered.compile(*args, **kwargs), self._read)
 
-
-class _Compiled(_Lowered):
-    """A program for pytrees like those that it was lowered for."""
-
-    def __call__(self, first: Any = MISSING, /, *rest: Any, **kwargs: Any) -> Any:
-        inputs = self._program.read(first, rest, kwargs)
-        if inputs is None:
-            raise TypeError(
-                "`jit(...).lower(...).compile()` takes arguments like those that were lowered, "
-                "which differ in the values of their arrays only. Got others."
-            )
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _, inputs = self._read(*args, **kwargs)
         return self._lowered(*inputs)()
 
 

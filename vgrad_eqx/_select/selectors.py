@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._tree.flat import FlatTree
+from .._tree.numpy_leaves import as_given
 from .._tree.state import find_states
 from .._tree.text import names_without_leaves, near_misses, shorten
 from .._tree.units import split_unit
@@ -95,7 +96,7 @@ class Instance(Selector):
         return isinstance(node, self.node_type)
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        nodes = jtu.tree_leaves(flat.tree, is_leaf=self._is_instance)
+        nodes = jtu.tree_leaves(as_given(flat).tree, is_leaf=self._is_instance)
         return [
             self._is_instance(node) for node in nodes for _ in range(len(FlatTree(node).leaves))
         ]
@@ -138,9 +139,9 @@ class Leaf(Selector):
     predicate: Callable[[Any], Any]
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        mask = [False] * len(flat.leaves)
+        mask, leaves = [False] * len(flat.leaves), as_given(flat).leaves
         for i in flat.differentiable:
-            mask[i] = bool(self.predicate(flat.leaves[i]))
+            mask[i] = bool(self.predicate(leaves[i]))
         return mask
 
     def __repr__(self) -> str:
@@ -172,6 +173,8 @@ class _Spec(Selector):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         filter_spec = jtu.tree_unflatten(self.structure, self.entries)
         parts: list[tuple[Any, Any]] = []
+        if any(map(callable, self.entries)):
+            flat = as_given(flat)
         try:
             jtu.tree_map(lambda *part: parts.append(part), filter_spec, flat.tree)
         except ValueError as error:
