@@ -19,9 +19,6 @@ import vgrad_eqx as vg
 from ..helpers import apply, Counted, make_mlp, tree_allclose
 
 
-OFTEN = 40  # after fewer calls, an unchanged module is remembered
-
-
 def compile_counted(func, *args, **kwargs) -> Any:
     counted = Counted(func)
     compiled = vg.jit(vg.vector_grad(counted, *args, check_states=False, **kwargs))
@@ -85,7 +82,7 @@ def test_an_unchanged_module_is_not_traced_again():
     compiled, counted = compile_counted(apply, True)
     model = make_mlp()
     expected = compiled(model, jnp.ones(3))
-    for _ in range(OFTEN):
+    for _ in range(3):
         assert tree_allclose(compiled(model, jnp.ones(3)), expected)
     other = make_mlp(seed=1)
     expected = vg.vector_grad(apply, True)(other, jnp.ones(3))
@@ -117,16 +114,14 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("remembered", [False, True])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_another_kind_of_module_is_noticed(change, remembered):
+def test_another_kind_of_module_is_noticed(change):
     def func(module, tree):
         return tree["w"] * (module(1.0) if module.power is not None else 1.0)
 
     compiled = vg.jit(vg.vector_grad(func, argnums=1, return_value=True))
     first, other, tree = Scaled(jnp.ones(2), 2.0, 2), change(), {"w": jnp.ones(2)}
-    for _ in range(OFTEN if remembered else 1):
-        compiled(first, tree)
+    compiled(first, tree)
     for module in (other, first, other):
         expected = vg.vector_grad(func, argnums=1, return_value=True)(module, tree)
         assert tree_allclose(compiled(module, tree), expected)
@@ -215,31 +210,28 @@ class Lists(eqx.Module):
 
 
 @pytest.mark.parametrize("length", [2, 20])
-def test_a_changed_list_of_an_unchanged_module_is_noticed(length):
+def test_a_changed_list_of_a_module_is_noticed(length):
     compiled = vg.jit(vg.vector_grad(lambda m: sum(x**2 for x in m.items), "items"))
     module = Lists([jnp.ones(2)] * length, {})
-    for _ in range(OFTEN):
-        compiled(module)
+    compiled(module)
     module.items[1] = jnp.full(2, 3.0)
     assert compiled(module)["items.1"].tolist() == [6.0, 6.0]
     module.items.append(jnp.full(2, 4.0))
     assert compiled(module)[f"items.{length}"].tolist() == [8.0, 8.0]
 
 
-def test_a_changed_dict_of_an_unchanged_module_is_noticed():
+def test_a_changed_dict_of_a_module_is_noticed():
     compiled = vg.jit(vg.vector_grad(lambda m: sum(m.by_name.values()), "by_name"))
     module = Lists([], {"a": jnp.ones(2)})
-    for _ in range(OFTEN):
-        compiled(module)
+    compiled(module)
     module.by_name["b"] = module.by_name.pop("a")
     assert list(compiled(module)) == ["by_name.b"]
 
 
-def test_a_remembered_module_is_collected():
+def test_a_module_that_was_passed_is_collected():
     compiled = vg.jit(vg.vector_grad(apply, True))
     model = make_mlp()
-    for _ in range(OFTEN):
-        compiled(model, jnp.ones(3))
+    compiled(model, jnp.ones(3))
     module, leaf = weakref.ref(model), weakref.ref(model.layers[0].weight)
     del model
     gc.collect()
@@ -307,8 +299,7 @@ def test_inside_of_other_transformations():
     expected = vg.vector_grad(apply, True)(model, x)
     with jax.checking_leaks():
         assert tree_allclose(eqx.filter_jit(compiled)(model, x), expected)
-    for _ in range(OFTEN):
-        compiled(model, x)
+    compiled(model, x)
     assert tree_allclose(eqx.filter_jit(lambda x: compiled(model, x))(x), expected)
     stacked = jax.vmap(lambda x: compiled(model, x)["layers.0.bias"])(jnp.stack([x, x]))
     assert tree_allclose(stacked[1], expected["layers.0.bias"])
@@ -324,11 +315,12 @@ def read_program(func, model, x):
 
 def test_inside_of_jit_it_is_the_same_program():
     model, x = make_mlp(), jnp.ones(3)
-    transform = vg.vector_grad(apply, "layers.*.weight")
+    # Of its own, because another test may have traced `apply` before there was any state.
+    transform = vg.vector_grad(lambda model, x: model(x), "layers.*.weight")
     assert read_program(vg.jit(transform), model, x) == read_program(transform, model, x)
 
 
-def test_an_error_of_the_function_is_raised_and_nothing_is_remembered():
+def test_an_error_of_the_function_is_raised_and_changes_nothing():
     def func(model, x, fail=False):
         if fail:
             raise TypeError("as asked for")
@@ -338,8 +330,7 @@ def test_an_error_of_the_function_is_raised_and_nothing_is_remembered():
     model, x = make_mlp(), jnp.ones(3)
     with pytest.raises(TypeError, match="as asked for"):
         compiled(model, x, fail=True)
-    for _ in range(OFTEN):
-        compiled(model, x)
+    compiled(model, x)
     with pytest.raises(TypeError, match="as asked for"):
         compiled(model, x, True)
     with pytest.raises(TypeError, match="dot_general"):

@@ -25,7 +25,9 @@ def wait(compiled: Callable[..., Any], *inputs: Any) -> Any:
     Without the traceback of the callback, which JAX would print besides.
     """
     logger = logging.getLogger("jax._src.callback")
-    logger.addFilter(_is_no_failure)
+    # Of its own, since such calls nest while they are traced.
+    is_no_failure = lambda record: record.getMessage() != "jax.pure_callback failed"
+    logger.addFilter(is_no_failure)
     try:
         result = compiled(*inputs)
         for leaf in jax.tree.leaves(result):
@@ -33,11 +35,7 @@ def wait(compiled: Callable[..., Any], *inputs: Any) -> Any:
                 leaf.block_until_ready()
         return result
     finally:
-        logger.removeFilter(_is_no_failure)
-
-
-def _is_no_failure(record: logging.LogRecord) -> bool:
-    return record.getMessage() != "jax.pure_callback failed"
+        logger.removeFilter(is_no_failure)
 
 
 def explain(error: BaseException) -> None:

@@ -89,6 +89,7 @@ class _Code:
             "set_fields": _FIELDS.__set__,
             "new": object.__new__,
             "is_equal": is_equal,
+            "is_equal_unit": _is_equal_unit,
             "flatten_one_level": jtu.default_registry.flatten_one_level,
             "unflatten": jtu.tree_unflatten,
         }
@@ -129,10 +130,15 @@ class _Code:
                 self.arrays.append(f"*{self._refer(operator.itemgetter(*keys))}({name})")
                 return []
             return [(node[key], f"{name}[{self._refer(key)}]") for key in keys]
-        number, unit = split_unit(node)
-        if unit is not None:
-            self._compare(f"{name}.unit", unit)
-            return [(number, f"{name}.mantissa")]
+        if slots := _find_slots(node):
+            number, unit = split_unit(node)
+            given, held = self._assign(f"{name}.{slots[1]}"), self._refer(unit)
+            known = self._refer({})
+            self._refuse(
+                f"{given} is not {held} and {known}.get(id({given})) is not {given} "
+                f"and not is_equal_unit({given}, {held}, {known})"
+            )
+            return [(number, f"{name}.{slots[0]}")]
         children = node
         if not isinstance(node, tuple | list):
             children, data = jtu.default_registry.flatten_one_level(node)
@@ -179,12 +185,8 @@ class _Code:
             return list(node), lambda names: self._assign(
                 f"{start}({''.join([f'{name}, ' for name in names])})"
             )
-        number, unit = split_unit(node)
-        if unit is not None:
-            held = self._refer(unit)
-            return [number], lambda names: self._assign(
-                f"{kind}.tree_unflatten({held}, ({names[0]},))"
-            )
+        if slots := _find_slots(node):
+            return self._open_quantity(node, kind, slots)
         children, structure = jtu.tree_flatten(node, is_leaf=lambda x: x is not node)
         held = self._refer(structure)
         return children, lambda names: self._assign(f"unflatten({held}, [{', '.join(names)}])")
@@ -200,6 +202,17 @@ class _Code:
             return name
 
         return list(dynamic.values()), write
+
+    def _open_quantity(self, quantity: Any, kind: str, slots: tuple[str, str]) -> Any:
+        number, unit = split_unit(quantity)
+        held = self._refer(unit)
+
+        def write(names: list[str]) -> str:
+            name = self._assign(f"new({kind})")
+            self.lines.append(f"{name}.{slots[0]}, {name}.{slots[1]} = {names[0]}, {held}")
+            return name
+
+        return [number], write
 
     def _build_leaf(self, leaf: Any) -> str:
         if not self._is_array(leaf):
@@ -224,6 +237,30 @@ class _Code:
         name = next(self._names)
         self.objects[name] = value
         return name
+
+
+def _is_equal_unit(unit: Any, other: Any, known: dict[int, Any]) -> bool:
+    """Remembers equal units by their `id`, since units never change and compare slowly."""
+    if not is_equal(unit, other):
+        return False
+    if len(known) < _MOST_UNITS:
+        known[id(unit)] = unit
+    return True
+
+
+_MOST_UNITS = 16
+
+
+def _find_slots(node: Any) -> tuple[str, str] | None:
+    """Where a Quantity holds its number and its unit, if it holds just these in slots."""
+    number, unit = split_unit(node)
+    slots = getattr(type(node), "__slots__", ())
+    if unit is None or len(slots) != 2 or hasattr(node, "__dict__"):
+        return None
+    for of_number, of_unit in itertools.permutations(slots):
+        if getattr(node, of_number) is number and getattr(node, of_unit) is unit:
+            return of_number, of_unit
+    return None
 
 
 def _list_fields(module: eqx.Module) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
