@@ -17,6 +17,7 @@ from .peers import by_peers
 
 
 TX = optax.adam(1e-3)
+DONATING = vg.jit(donate="all-except-first")
 
 
 def loss(net, xs):
@@ -62,36 +63,43 @@ def step_by_hand(net: Net, xs: jax.Array) -> Callable[[], object]:
     return call
 
 
-def step_by_equinox(net: Net, xs: jax.Array) -> Callable[[], object]:
+def copy_module(net: Net) -> Net:
+    """One of its own, whose arrays may be donated."""
+    return jtu.tree_map(lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf, net)
+
+
+def step_by_optax(net: Net, xs: jax.Array, jit: Any) -> Callable[[], object]:
     """The loop of the tutorials of Equinox."""
+    net = copy_module(net)
     opt_state = TX.init(eqx.filter(net, eqx.is_inexact_array))
 
-    @eqx.filter_jit
-    def step(net, opt_state, xs):
+    @jit
+    def step(xs, net, opt_state):
         result, grads = eqx.filter_value_and_grad(loss)(net, xs)
         updates, opt_state = TX.update(grads, opt_state, eqx.filter(net, eqx.is_inexact_array))
         return eqx.apply_updates(net, updates), opt_state, result
 
     def call():
         nonlocal net, opt_state
-        net, opt_state, result = step(net, opt_state, xs)
+        net, opt_state, result = step(xs, net, opt_state)
         return result
 
     return call
 
 
-def step_by_optimizer(net: Net, xs: jax.Array) -> Callable[[], object]:
+def step_by_optimizer(net: Net, xs: jax.Array, jit: Any) -> Callable[[], object]:
     """The same loop with `vg.Optimizer`."""
+    net = copy_module(net)
     opt = vg.Optimizer(TX, net)
 
-    @eqx.filter_jit
-    def step(net, opt, xs):
+    @jit
+    def step(xs, net, opt):
         grads, result = vg.vector_grad(loss, True, return_value=True)(net, xs)
         return *opt.step(net, grads), result
 
     def call():
         nonlocal net, opt
-        net, opt, result = step(net, opt, xs)
+        net, opt, result = step(xs, net, opt)
         return result
 
     return call
@@ -165,8 +173,9 @@ def training(num_leaves: int) -> Ways:
     net, xs = Net(num_leaves), jnp.ones((1, 8))
     ways = {
         "by hand": step_by_hand(net, xs),
-        "Equinox": step_by_equinox(net, xs),
-        "vg.Optimizer": step_by_optimizer(net, xs),
+        "Equinox": step_by_optax(net, xs, eqx.filter_jit),
+        "vg.jit, optax": step_by_optax(net, xs, DONATING),
+        "vg.jit, vg.Optimizer": step_by_optimizer(net, xs, DONATING),
         "vg.train_step": step_by_train_step(net, xs),
         "packed": step_by_train_step(net, xs, packed=True),
         "over states": step_over_states(net, xs),

@@ -32,6 +32,7 @@ def unit_aware(num_leaves: int, wrap: Any = jax.jit) -> Ways:
     ours = transform if wrap is not jax.jit else vg.jit(transform)
     ways = {
         "by hand, no units": lambda: by_hand(numbers, plain),
+        "vg.vector_grad, no units": lambda: ours(numbers, plain),
         "vg.vector_grad": lambda: ours(quantities, potential),
     }
 
