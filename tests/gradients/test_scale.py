@@ -100,6 +100,7 @@ def test_a_long_run_is_traced_once_in_the_same_memory(make):
     assert read_memory() - memory < 1_000_000
 
 
+@pytest.mark.slow
 def test_a_tree_of_20_000_leaves():
     tree = [{"weight": jnp.full(2, float(i)), "bias": jnp.ones(1)} for i in range(10_000)]
 
@@ -119,6 +120,7 @@ def test_a_tree_of_20_000_leaves():
     assert tree_allclose(tree[9999]["weight"], jnp.full(2, 9999 / 2))
 
 
+@pytest.mark.slow
 def test_a_leaf_of_2_gigabytes():
     # In a process of its own, which gives the memory back.
     code = """

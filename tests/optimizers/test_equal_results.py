@@ -141,6 +141,7 @@ def x64():
 FOR_OPTIMIZERS_ONLY = {"monitor"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_all_ways_agree(name):
     row = TABLE[name]
