@@ -201,7 +201,7 @@ def test_keyword_arguments_are_bound_as_positional_ones():
 
 
 def test_warnings_of_donated_arrays():
-    shrink = lambda x, y: x + jnp.sum(y)
+    shrink, before = lambda x, y: x + jnp.sum(y), list(warnings.filters)
     for donate in ("all", "all-except-first", "none"):
         func = vg.jit(shrink, donate=donate)
         for size in (10, 11):
@@ -209,7 +209,6 @@ def test_warnings_of_donated_arrays():
     for donate in ("warn", "warn-except-first"):
         with pytest.warns(UserWarning, match="Some donated buffers were not usable"):
             vg.jit(shrink, donate=donate)(jnp.array(1.0), jnp.ones(10))
-    before = list(warnings.filters)
     with pytest.raises(TypeError, match="incompatible shapes"):
         vg.jit(lambda x, y: x + y, donate="all")(jnp.ones(2), jnp.ones(3))
     assert warnings.filters == before
