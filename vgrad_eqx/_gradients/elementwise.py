@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
@@ -18,7 +19,7 @@ from .._tree.flat import replace_at
 from .._tree.missing import MISSING
 from .._tree.text import name_shapes
 from .check import refuse_unreached
-from .engine import make_transform, Operator, Row
+from .engine import is_tracing, make_transform, Operator, Row
 from .flat_function import FlatFunction
 
 
@@ -96,7 +97,7 @@ gradient of the sum, `jacrev` for all derivatives, or `check=False`.
 
 @dataclasses.dataclass(frozen=True)
 class _Elementwise:
-    """The rule: products of the Jacobian with ones and, to check, with two vectors more."""
+    """The rule: products of the Jacobian with ones and, to check, with weights."""
 
     order: int
     check: bool
@@ -113,18 +114,14 @@ class _Elementwise:
         numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
         _check_shapes(numbers, diff, flat_func)
         refuse_unreached(pull, func, flat_func)
-        names = flat_func.names
         rows = []
         for i, (number, unit) in enumerate(zip(numbers, output.units, strict=True)):
-            vectors = self._make_vectors(number, [number, *diff])
 
-            def pull_one(vector: Array, i: int = i) -> Any:
+            def pull_one(vector: Array, i: int = i) -> list[tuple[Array, ...]]:
                 zeros = list(map(jnp.zeros_like, numbers))
-                return pull(tuple(replace_at(zeros, [i], [vector])))
+                return [pull(tuple(replace_at(zeros, [i], [vector])))]
 
-            products = zip(*map(pull_one, vectors), strict=True)
-            named = zip(products, names, strict=True)
-            grads = [self._take([(each, vectors)], name) for each, name in named]
+            grads = self._differentiate(pull_one, number, [number, *diff], flat_func.names)
             rows.append(Row(grads, unit))
         return numbers, output, rows
 
@@ -134,59 +131,70 @@ class _Elementwise:
         numbers, push, output = jax.linearize(func, *diff, has_aux=True)
         _check_shapes(numbers, diff, flat_func)
         refuse_unreached(push, func, flat_func)
-        names = flat_func.names
         columns = []
         for i, leaf in enumerate(diff):
-            vectors = self._make_vectors(leaf, [leaf, *numbers])
 
-            def push_one(vector: Array, i: int = i, leaf: Any = leaf) -> Any:
+            def push_one(vector: Array, i: int = i, leaf: Any = leaf) -> list[Any]:
                 derivative = lambda leaf: func(*replace_at(diff, [i], [leaf]))[0]
                 first = derivative = _push(derivative, vector)
                 for _ in range(1, self.order):
                     derivative = _push(derivative, vector)
                 # Of a linear function that mixes elements, only the first one shows it.
-                return first(leaf), derivative(leaf)
+                return [first(leaf), derivative(leaf)]
 
-            powers = [vector**self.order for vector in vectors]
-            firsts, lasts = zip(*map(push_one, vectors), strict=True)
-            pairs = zip(zip(*firsts, strict=True), zip(*lasts, strict=True), strict=True)
-            columns.append(
-                [
-                    self._take([(first, vectors), (last, powers)], names[i])
-                    for first, last in pairs
-                ]
-            )
+            names = [flat_func.names[i]] * len(numbers)
+            columns.append(self._differentiate(push_one, leaf, [leaf, *numbers], names))
         rows = zip(*columns, strict=True)
         return numbers, output, list(map(Row, map(list, rows), output.units))
 
-    def _take(
-        self, products: Sequence[tuple[Sequence[Array], Sequence[Array]]], name: str
-    ) -> Array:
-        """The last of the products with ones, if the others are scaled by the weights."""
-        result = products[-1][0][0]
-        if not self.check or result.size < 2:
-            return result
-        mixed = ft.reduce(operator.or_, [_find_mixed(*each) for each in products])
-        return _refuse(mixed, result, name)
-
-    def _make_vectors(self, like: Any, arrays: Sequence[Any]) -> list[Array]:
-        """Ones, and to check two vectors in which no two elements are the same twice.
-
-        Products with them are taken one by one, as a matrix product rounds a row of a large
-        batch in other ways than the same row at another place.
-        """
+    def _differentiate(
+        self,
+        product: Callable[[Array], list[Any]],
+        like: Any,
+        arrays: Sequence[Any],
+        names: Sequence[str],
+    ) -> list[Array]:
+        """The last of the products with ones, if weights scale all products exactly."""
         shape, dtype = jnp.shape(like), jnp.result_type(like)
-        if not self.check:
-            return [jnp.ones(shape, dtype)]
-        vectors: list[Any] = [np.ones(shape)]
+        ones = jnp.ones(shape, dtype)
+        result = product(ones)
+        if not self.check or math.prod(shape) < 2:
+            return list(result[-1])
+        weights = [jnp.asarray(each, dtype) for each in self._make_weights(shape, arrays)]
+        fixed = lambda vector: jax.lax.stop_gradient(product(vector))
+        if is_tracing():
+            # The products of one compiled program may be rounded in different ways, but those of
+            # one body of a loop are not. So the result, which may be differentiated, is
+            # outside. The barrier hides the values, which would be folded otherwise.
+            vectors = jax.lax.optimization_barrier(jnp.stack([ones, *weights]))
+            stacked = jax.lax.map(fixed, vectors)
+            first, *others = [
+                jtu.tree_map(lambda each, i=i: each[i], stacked) for i in range(len(vectors))
+            ]
+        else:
+            first, others = jax.lax.stop_gradient(result), list(map(fixed, weights))
+        faults = _find_faults(first, others, weights, self.order)
+        return [
+            _refuse(result, fault, name)
+            for result, fault, name in zip(result[-1], faults, names, strict=True)
+        ]
+
+    def _make_weights(self, shape: tuple[int, ...], arrays: Sequence[Any]) -> list[Any]:
+        """Signed powers of two, by which no two elements have the same ones.
+
+        They are the digits of the numbers of the elements, at least two, so that what is mixed
+        of several elements shows as well.
+        """
         most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
         exponents = 1 + min(30, most // 2 - 1) // self.order
-        order = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape)
-        choices = exponents if self.order % 2 == 0 else 2 * exponents
-        for digit in (order % choices, order // choices % choices):
-            vectors.append(np.where(digit < exponents, 1, -1) * 2.0 ** (digit % exponents))
-        # The barrier hides their values, so that all products compile to the same operations.
-        return jax.lax.optimization_barrier([jnp.asarray(each, dtype) for each in vectors])
+        # An even power has no sign.
+        base = exponents if self.order % 2 == 0 else 2 * exponents
+        numbers = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape)
+        weights = []
+        while len(weights) < 2 or numbers.any():
+            numbers, digit = np.divmod(numbers, base)
+            weights.append(np.where(digit < exponents, 1, -1) * 2.0 ** (digit % exponents))
+        return weights
 
 
 def _push(func: Callable[..., Any], vector: Array) -> Callable[..., Any]:
@@ -203,12 +211,29 @@ def _check_shapes(value: Sequence[Any], diff: Sequence[Any], flat_func: FlatFunc
             )
 
 
+def _find_faults(
+    first: Sequence[Sequence[Array]],
+    others: Sequence[Sequence[Sequence[Array]]],
+    weights: Sequence[Array],
+    order: int,
+) -> list[Array]:
+    """Where products are not those of a diagonal matrix, for each leaf.
+
+    Of a derivative of the first order and, if `order` is higher, of the last one.
+    """
+    found = []
+    for power, *products in zip(sorted({1, order}), first, *others, strict=True):
+        powers = [weight**power for weight in weights]
+        found.append([_find_mixed(each, powers) for each in zip(*products, strict=True)])
+    return [ft.reduce(operator.or_, each) for each in zip(*found, strict=True)]
+
+
 def _find_mixed(products: Sequence[Array], weights: Sequence[Array]) -> Array:
     """Where products are not those of a diagonal matrix."""
     info = [jnp.finfo(array.dtype) for array in (products[0], weights[0])]
     eps, tiny = max(each.eps for each in info), max(each.tiny for each in info)
     faults = []
-    for product, weight in zip(products[1:], weights[1:], strict=True):
+    for product, weight in zip(products[1:], weights, strict=True):
         # Scaling by a power of two commutes with rounding, but for numbers that underflow.
         expected = products[0] * weight
         allowed = 4 * eps * jnp.abs(expected) + 4 * tiny * jnp.abs(weight)
@@ -217,7 +242,7 @@ def _find_mixed(products: Sequence[Array], weights: Sequence[Array]) -> Array:
     return ft.reduce(operator.or_, faults)
 
 
-def _refuse(mixed: Array, result: Array, name: str) -> Array:
+def _refuse(result: Array, mixed: Array, name: str) -> Array:
     text = (
         "`elementwise_grad(func=...)` must be elementwise. Got an output that depends on other "
         f"elements of `{name}`"

@@ -86,7 +86,7 @@ class GradientTransform(eqx.Module):
         (True, 6.0)
     """
 
-    func: Callable[..., Any]
+    wrapped: Any
     grad_states: GradStates | None
     cotangent: Any
     operator: Operator = eqx.field(static=True)
@@ -96,6 +96,10 @@ class GradientTransform(eqx.Module):
     unit_aware: bool = eqx.field(static=True)
     check_states: bool = eqx.field(static=True)
     debug_nan: bool = eqx.field(static=True)
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        return self.wrapped.func if type(self.wrapped) is jtu.Partial else self.wrapped
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -120,7 +124,7 @@ class GradientTransform(eqx.Module):
         """The direct road: JAX differentiates `func` as it is."""
         if not state.exists.is_set():
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
-        if isinstance(jax.device_put(_PROBE), jax.core.Tracer):
+        if is_tracing():
             return self._differentiate_apart(flat_func)
         journal = state.Journal()
         with state.lock:
@@ -204,9 +208,14 @@ class GradientTransform(eqx.Module):
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
 
 
-# A constant, which is a tracer where JAX traces a program, and an array where it only
-# differentiates or maps. To put it on a device compiles nothing.
+# To put it on a device compiles nothing.
 _PROBE = np.zeros(())
+
+
+def is_tracing() -> bool:
+    """Whether JAX traces a program now. It does not where it only differentiates or maps."""
+    return isinstance(jax.device_put(_PROBE), jax.core.Tracer)
+
 
 _LOOKS_AT_VALUES = (
     jax.errors.ConcretizationTypeError,
@@ -344,4 +353,8 @@ def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:
             f"`{name}(func=...)` must be a callable. Got {func!r}. To set options first, "
             f"use `@{name}(grad_states=...)`."
         )
-    return eqx.module_update_wrapper(GradientTransform(func, operator=operator, **options))
+    wrapped = func
+    if jtu.all_leaves([func]) and hasattr(func, "__wrapped__"):
+        # Of a leaf such as `jax.vmap(model)`, Equinox warns that its arrays are not trained.
+        wrapped = jtu.Partial(func)
+    return eqx.module_update_wrapper(GradientTransform(wrapped, operator=operator, **options))
