@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import Array
+from jax.extend.core import jaxprs_in_params
 
 from .._tree.flat import replace_at
 from .._tree.missing import MISSING
 from .._tree.text import name_shapes
 from .check import refuse_unreached
-from .engine import is_tracing, make_transform, Operator, Row
+from .engine import check_flag, is_tracing, make_transform, Operator, Row
 from .flat_function import FlatFunction
 
 
@@ -47,10 +48,15 @@ def elementwise_grad(
     **Arguments:**
 
     - `order`: which derivative is taken, 1 or more. There are no mixed ones.
-    - `check`: whether to raise where an output depends on another element. It takes the product
-        with two vectors more, whose elements are signed powers of two: in an elementwise
-        function they scale the derivatives exactly. It looks at the derivatives at `x`, so
-        a function that is elementwise there, such as a sort of sorted numbers, passes.
+    - `check`: whether to raise where an output depends on another element. It takes the
+        product with two vectors more (three or four for thousands of elements), whose
+        elements are signed powers of two: in an elementwise function they scale the
+        derivatives exactly. It cannot see what is too small for the dtype: a derivative by
+        another element below 4 eps of that by the own one, which is 5e-7 in float32, 0.4 %
+        in float16 and 3 % in bfloat16. It looks at the derivatives at `x`, so a function
+        that is elementwise there passes, such as a sort of sorted numbers, and so does what
+        is not finite. Inside of a compiled function the products are taken in a loop of
+        their own, so it takes one more, which is not differentiated.
 
     **Returns:**
 
@@ -62,7 +68,10 @@ def elementwise_grad(
 
     **Raises:**
 
-    - `TypeError`, `ValueError`: on wrapping, for an `order` that is no int, or below 1.
+    - `TypeError`, `ValueError`: on wrapping, for an `order` that is no int, or below 1; for a
+        `check` that is no bool.
+    - `ValueError`: on calling, for an `order` above 4 for which the program would have more
+        than 50 000 operations. Each order makes it two or three times as long.
     - `ValueError`: on calling, if an output has another shape than a leaf; with `check`, if
         an element of an output depends on another element. It names the argument and the
         first index. From compiled code, the error of `equinox.error_if` names the argument.
@@ -86,13 +95,21 @@ gradient of the sum, `jacrev` for all derivatives, or `check=False`.
     """
     options = locals()
     del options["order"], options["check"]
-    if isinstance(order, bool) or not isinstance(order, int):
+    if isinstance(order, bool) or not isinstance(order, int | np.integer):
         raise TypeError(f"`elementwise_grad(order=...)` must be an int. Got {order!r}.")
     if order < 1:
         raise ValueError(f"`elementwise_grad(order=...)` must be at least 1. Got {order}.")
+    check_flag(check, "elementwise_grad(check=...)")
+    order = int(order)
     return make_transform(
         Operator("elementwise_grad", _Elementwise(order, check), power=order), **options
     )
+
+
+# From this order on, the operations of a derivative are counted before it is traced. JAX traces
+# 50 000 in about five seconds.
+_COUNTED = 4
+_LONGEST = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,16 +148,15 @@ class _Elementwise:
         numbers, push, output = jax.linearize(func, *diff, has_aux=True)
         _check_shapes(numbers, diff, flat_func)
         refuse_unreached(push, func, flat_func)
+        if self.order > _COUNTED:
+            _refuse_long(self.order, func, diff)
         columns = []
         for i, leaf in enumerate(diff):
 
             def push_one(vector: Array, i: int = i, leaf: Any = leaf) -> list[Any]:
-                derivative = lambda leaf: func(*replace_at(diff, [i], [leaf]))[0]
-                first = derivative = _push(derivative, vector)
-                for _ in range(1, self.order):
-                    derivative = _push(derivative, vector)
+                along = lambda leaf: func(*replace_at(diff, [i], [leaf]))[0]
                 # Of a linear function that mixes elements, only the first one shows it.
-                return [first(leaf), derivative(leaf)]
+                return [_push(along, vector, order)(leaf) for order in (1, self.order)]
 
             names = [flat_func.names[i]] * len(numbers)
             columns.append(self._differentiate(push_one, leaf, [leaf, *numbers], names))
@@ -163,7 +179,7 @@ class _Elementwise:
         weights = [jnp.asarray(each, dtype) for each in self._make_weights(shape, arrays)]
         fixed = lambda vector: jax.lax.stop_gradient(product(vector))
         if is_tracing():
-            # The products of one compiled program may be rounded in different ways, but those of
+            # Products in one compiled program may be rounded in different ways, but those of
             # one body of a loop are not. So the result, which may be differentiated, is
             # outside. The barrier hides the values, which would be folded otherwise.
             vectors = jax.lax.optimization_barrier(jnp.stack([ones, *weights]))
@@ -197,8 +213,33 @@ class _Elementwise:
         return weights
 
 
-def _push(func: Callable[..., Any], vector: Array) -> Callable[..., Any]:
-    return lambda leaf: jax.jvp(func, (leaf,), (vector,))[1]
+def _push(func: Callable[..., Any], vector: Array, order: int) -> Callable[..., Any]:
+    """The derivative of an order along a vector."""
+    if order == 0:
+        return func
+    return lambda leaf: jax.jvp(_push(func, vector, order - 1), (leaf,), (vector,))[1]
+
+
+def _refuse_long(order: int, func: Callable[..., Any], diff: Sequence[Any]) -> None:
+    """Refuses an order whose program is too long, which grows by a factor with each order."""
+
+    def count(order: int) -> int:
+        pushed = _push(lambda leaf: func(leaf, *diff[1:])[0], jnp.ones_like(diff[0]), order)
+        return _count_operations(jax.make_jaxpr(pushed)(diff[0]).jaxpr)
+
+    before, last = count(_COUNTED - 1), count(_COUNTED)
+    length = last * (last / before) ** (order - _COUNTED)
+    if length > _LONGEST:
+        raise ValueError(
+            f"`elementwise_grad(order=...)` must give a program of at most {_LONGEST:,} "
+            f"operations. Got {order}, for about {length:.0e} of them, as each order makes "
+            "it two or three times as long. Use a lower order."
+        )
+
+
+def _count_operations(jaxpr: Any) -> int:
+    inner = [each for eqn in jaxpr.eqns for each in jaxprs_in_params(eqn.params)]
+    return len(jaxpr.eqns) + sum(map(_count_operations, inner))
 
 
 def _check_shapes(value: Sequence[Any], diff: Sequence[Any], flat_func: FlatFunction) -> None:
@@ -229,14 +270,18 @@ def _find_faults(
 
 
 def _find_mixed(products: Sequence[Array], weights: Sequence[Array]) -> Array:
-    """Where products are not those of a diagonal matrix."""
+    """Where products are not those of a diagonal matrix.
+
+    Scaling by a power of two commutes with rounding, but for numbers that underflow: of 1 000
+    networks of orders 1 to 4, compiled, differentiated or neither, those in float32 and
+    bfloat16 had no difference at all, and those in float16 up to 0.06 of what is allowed.
+    """
     info = [jnp.finfo(array.dtype) for array in (products[0], weights[0])]
     eps, tiny = max(each.eps for each in info), max(each.tiny for each in info)
     faults = []
     for product, weight in zip(products[1:], weights, strict=True):
-        # Scaling by a power of two commutes with rounding, but for numbers that underflow.
         expected = products[0] * weight
-        allowed = 4 * eps * jnp.abs(expected) + 4 * tiny * jnp.abs(weight)
+        allowed = 2 * eps * jnp.abs(expected) + 4 * tiny * jnp.abs(weight)
         known = jnp.isfinite(product) & jnp.isfinite(expected)
         faults.append(known & (jnp.abs(product - expected) > allowed))
     return ft.reduce(operator.or_, faults)

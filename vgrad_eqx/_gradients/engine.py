@@ -24,7 +24,7 @@ from .._tree import state
 from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
-from .._tree.text import name_shapes
+from .._tree.text import name_shapes, show
 from .._tree.units import attach_unit, divide_units, find_quotient, scale_number
 from .argnums import parse_argnums
 from .check import refuse_unreached, UsesReferences
@@ -342,15 +342,24 @@ def make_transform(
     name = operator.name
     options["argnums"] = parse_argnums(argnums, f"{name}(argnums=...)")
     options["grad_states"] = parse_grad_states(grad_states, f"{name}(grad_states=...)")
+    for option, flag in options.items():
+        if option not in ("argnums", "grad_states") and (option, flag) != ("has_aux", None):
+            check_flag(flag, f"{name}({option}=...)")
     make = ft.partial(_wrap, operator=operator, cotangent=cotangent, **options)
     return make if func is MISSING else make(func)
+
+
+def check_flag(flag: Any, caller: str) -> None:
+    """Refuses what is no bool, such as an argument at the wrong position."""
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(f"`{caller}` must be True or False. Got {show(flag)}.")
 
 
 def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:
     name = operator.name
     if not callable(func):
         raise TypeError(
-            f"`{name}(func=...)` must be a callable. Got {func!r}. To set options first, "
+            f"`{name}(func=...)` must be a callable. Got {show(func)}. To set options first, "
             f"use `@{name}(grad_states=...)`."
         )
     wrapped = func

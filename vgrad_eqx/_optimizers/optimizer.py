@@ -16,7 +16,7 @@ from .._tree.text import near_misses
 from .._tree.units import attach_unit, split_unit
 from .fingerprint import Fingerprinted
 from .groups import Groups, make_groups, precompose
-from .unitful import UnitfulState
+from .unitful import naming_leaves_of, UnitfulState
 
 
 class Optimizer(eqx.Module):
@@ -75,7 +75,8 @@ class Optimizer(eqx.Module):
         self.names = chosen.names
         self.groups = make_groups(tx, flat, chosen, "Optimizer(tx=...)")
         params = {name: flat.leaves[i] for i, name in zip(*chosen, strict=True)}
-        self.opt_state = self.groups.init(params)
+        with naming_leaves_of(flat):
+            self.opt_state = self.groups.init(params)
         _check_units(self.groups, self.opt_state, params)
         self.count = jnp.zeros((), jnp.int32)
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import equinox as eqx
 import jax.core
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .units import attach_unit, make_quantity_test, split_units
@@ -26,7 +27,13 @@ class FlatTree:
         self.tree = tree
         # Looked up here, so that a call enters the module of units only where there are any.
         self._is_leaf = is_leaf = make_quantity_test() if "saiunit" in sys.modules else None
-        self.leaves, self.structure = jtu.tree_flatten(tree, is_leaf=is_leaf)
+        try:
+            self.leaves, self.structure = jtu.tree_flatten(tree, is_leaf=is_leaf)
+        except (RecursionError, SystemError) as error:  # JAX says it by the second one
+            raise ValueError(
+                f"A pytree must not hold itself, or be nested too deeply. Got such a "
+                f"`{type(tree).__name__}`."
+            ) from error
         self.numbers, self.units = self.leaves, None
         if is_leaf is not None and any(map(is_leaf, self.leaves)):
             self.numbers, self.units = split_units(self.leaves)
@@ -140,6 +147,11 @@ def is_any_traced(leaves: Sequence[Any]) -> bool:
 def is_scalar(leaf: Any) -> bool:
     """Whether `leaf` is a Python number that JAX differentiates."""
     return isinstance(leaf, float | complex)
+
+
+def widen(dtype: Any) -> Any:
+    """The dtype to add and average in, which is float32 for smaller ones."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
 name_of = ft.partial(jtu.keystr, simple=True, separator=".")
