@@ -25,7 +25,13 @@ from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
 from .._tree.text import name_shapes, show
-from .._tree.units import attach_unit, divide_units, find_quotient, scale_number
+from .._tree.units import (
+    attach_unit,
+    divide_units,
+    find_quotient,
+    refuse_foreign,
+    scale_number,
+)
 from .argnums import parse_argnums
 from .check import refuse_unreached, UsesReferences
 from .cotangents import make_cotangents
@@ -205,6 +211,8 @@ class GradientTransform(eqx.Module):
                 pairs = zip(grads, firsts, strict=True)
                 grads = [_divide_row(second, unit, flat_func.units) for second, unit in pairs]
             arranged.append(arrange(grads))
+        if self.unit_aware:  # those of states are of the structure of their values
+            refuse_foreign(arranged, f"{flat_func.name}(unit_aware=True)")
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
 
 

@@ -95,8 +95,8 @@ def unitful(
     """
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
-            "`unitful(tx=...)` must be an optax transformation, such as `optax.adam(1e-3)`. Got "
-            f"{show(tx)}."
+            "`unitful(tx=...)` must be an optax transformation, such as `optax.adam(1e-3)`. "
+            f"Got {show(tx)}."
         )
     inner = optax.with_extra_args_support(tx)
     scaling = _Scaling(parse_unit(loss_unit, "unitful(loss_unit=...)"), _parse_scale(scale))
@@ -188,7 +188,8 @@ class _Scaling:
             if glob is None:
                 continue
             (number, unit), (size, size_unit) = split_unit(leaf), split_unit(self._scale[glob])
-            text = f"`unitful(scale=...)` at {quote(name)} must have the dimension of the parameter."
+            text = f"`unitful(scale=...)` at {quote(name)} must have the dimension of the "
+            text += "parameter."
             find_factors([unit, size_unit], text, ["parameter", "scale"])
             if np.broadcast_shapes(jnp.shape(size), jnp.shape(number)) != jnp.shape(number):
                 raise ValueError(
