@@ -18,9 +18,9 @@ from jax.extend.core import jaxprs_in_params
 
 from .._tree.flat import replace_at
 from .._tree.missing import MISSING
-from .._tree.text import name_shapes
+from .._tree.text import check_flag, name_shapes, show
 from .check import refuse_unreached
-from .engine import check_flag, is_tracing, make_transform, Operator, Row
+from .engine import is_tracing, make_transform, Operator, Row
 from .flat_function import FlatFunction
 
 
@@ -96,7 +96,7 @@ gradient of the sum, `jacrev` for all derivatives, or `check=False`.
     options = locals()
     del options["order"], options["check"]
     if isinstance(order, bool) or not isinstance(order, int | np.integer):
-        raise TypeError(f"`elementwise_grad(order=...)` must be an int. Got {order!r}.")
+        raise TypeError(f"`elementwise_grad(order=...)` must be an int. Got {show(order)}.")
     if order < 1:
         raise ValueError(f"`elementwise_grad(order=...)` must be at least 1. Got {order}.")
     check_flag(check, "elementwise_grad(check=...)")
@@ -228,11 +228,11 @@ def _refuse_long(order: int, func: Callable[..., Any], diff: Sequence[Any]) -> N
         return _count_operations(jax.make_jaxpr(pushed)(diff[0]).jaxpr)
 
     before, last = count(_COUNTED - 1), count(_COUNTED)
-    length = last * (last / before) ** (order - _COUNTED)
-    if length > _LONGEST:
+    digits = math.log10(last) + math.log10(last / before) * (order - _COUNTED)
+    if digits > math.log10(_LONGEST):
         raise ValueError(
             f"`elementwise_grad(order=...)` must give a program of at most {_LONGEST:,} "
-            f"operations. Got {order}, for about {length:.0e} of them, as each order makes "
+            f"operations. Got {order}, for about 1e{digits:.0f} of them, as each order makes "
             "it two or three times as long. Use a lower order."
         )
 

@@ -24,7 +24,7 @@ from .._tree import state
 from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
-from .._tree.text import name_shapes, show
+from .._tree.text import check_flag, name_shapes, show
 from .._tree.units import (
     attach_unit,
     divide_units,
@@ -355,12 +355,6 @@ def make_transform(
             check_flag(flag, f"{name}({option}=...)")
     make = ft.partial(_wrap, operator=operator, cotangent=cotangent, **options)
     return make if func is MISSING else make(func)
-
-
-def check_flag(flag: Any, caller: str) -> None:
-    """Refuses what is no bool, such as an argument at the wrong position."""
-    if not isinstance(flag, bool | np.bool_):
-        raise TypeError(f"`{caller}` must be True or False. Got {show(flag)}.")
 
 
 def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from .._gradients.engine import GradientTransform
 from .._tree.flat import is_any_traced, is_scalar, Rest, Split, split_arrays
 from .._tree.missing import MISSING
 from .._tree.state import is_reference
+from .._tree.text import show
 from .reader import find_contents, make_guard, make_reader
 
 
@@ -66,10 +67,11 @@ def jit(func: Any = MISSING, *, donate: str = "none") -> Any:
     if func is MISSING:
         return ft.partial(jit, donate=donate)
     if not callable(func):
-        raise TypeError(f"`jit(func=...)` must be a callable. Got {func!r}.")
+        raise TypeError(f"`jit(func=...)` must be a callable. Got {show(func)}.")
     if donate not in ("all", "all-except-first", "none"):
         raise ValueError(
-            f"`jit(donate=...)` must be 'all', 'all-except-first' or 'none'. Got {donate!r}."
+            f"`jit(donate=...)` must be 'all', 'all-except-first' or 'none'. "
+            f"Got {show(donate)}."
         )
     programs = _Programs(func, donate)
 
@@ -204,7 +206,7 @@ def _refuse_unhashable(*rests: Rest) -> None:
             except TypeError as error:
                 raise TypeError(
                     "`jit` compiles again for each static value, so each must have a hash. Got "
-                    f"{eqx.tree_pformat(constant)}. Make its class hashable, say by "
+                    f"{show(constant)}. Make its class hashable, say by "
                     "`@dataclasses.dataclass(frozen=True)`, or pass an array."
                 ) from error
 

@@ -73,9 +73,9 @@ def unitful(
     - `TypeError`: if `tx` is no optax transformation, `loss_unit` no unit, or `scale` no dict
         of numbers and Quantities.
     - `ValueError`: for a scale that is not positive, or a malformed glob; on `init`, for a path
-        that matches nothing in the whole model, for two that match one parameter, or a scale
-        that does not broadcast to its parameter; on `update`, for a gradient or a parameter
-        at a path that was not there on `init`.
+        that matches nothing in the whole model, for two that match one parameter, or for a
+        scale that is neither a number nor of the shape of its parameter; on `update`, for a
+        gradient or a parameter at a path that was not there on `init`.
     - `brainunit.UnitMismatchError`: on `init`, for a scale of another dimension than its
         parameter; on `update`, for a gradient that is not in the unit of the loss over that
         of the parameter, or a parameter whose unit is another one than on `init`.
@@ -191,10 +191,10 @@ class _Scaling:
             text = f"`unitful(scale=...)` at {quote(name)} must have the dimension of the "
             text += "parameter."
             find_factors([unit, size_unit], text, ["parameter", "scale"])
-            if np.broadcast_shapes(jnp.shape(size), jnp.shape(number)) != jnp.shape(number):
+            if jnp.shape(size) not in ((), jnp.shape(number)):
                 raise ValueError(
-                    f"`unitful(scale=...)` at {quote(name)} must broadcast to the shape of the "
-                    f"parameter, {jnp.shape(number)}. Got {show(self._scale[glob])}."
+                    f"`unitful(scale=...)` at {quote(name)} must be a number, or of the shape "
+                    f"of the parameter, {jnp.shape(number)}. Got {show(self._scale[glob])}."
                 )
 
     def _find_glob(self, name: str) -> str | None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
@@ -141,7 +140,7 @@ class Leaf(Selector):
 
 def _ask(predicate: Callable[[Any], Any], leaf: Any) -> bool:
     answer = predicate(leaf)
-    if isinstance(answer, bool | np.bool_) or jnp.shape(answer) == ():
+    if isinstance(answer, bool | np.bool_) or (eqx.is_array(answer) and answer.shape == ()):
         return bool(answer)
     raise TypeError(
         "The predicate of a selector must return True or False for a leaf. Got "

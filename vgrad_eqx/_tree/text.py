@@ -1,4 +1,4 @@
-"""Parts of error messages."""
+"""Parts of error messages, and the errors that many functions share."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from .flat import FlatTree, name_of
 
@@ -42,6 +43,12 @@ def quote(name: str, mark: str = "`") -> str:
     """A name between two marks, of which the middle is left out if it is long."""
     shown = name if len(name) <= 60 else f"{name[:30]}...{name[-27:]}"
     return f"{mark}{shown}{mark}"
+
+
+def check_flag(flag: Any, caller: str) -> None:
+    """Refuses what is no bool, such as an argument at the wrong position."""
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(f"`{caller}` must be True or False. Got {show(flag)}.")
 
 
 def name_shapes(arrays: Sequence[Any]) -> str:

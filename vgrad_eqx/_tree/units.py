@@ -137,7 +137,8 @@ def parse_unit(unit: Any, caller: str) -> Any:
 
     if not isinstance(unit, brainunit.Unit):
         raise TypeError(
-            f"`{caller}` must be a unit, such as `brainunit.mvolt`. Got {unit!r:.99}."
+            f"`{caller}` must be a unit, such as `brainunit.mvolt`. Got a "
+            f"`{type(unit).__name__}`."
         )
     return unit
 
