@@ -17,6 +17,21 @@ hypothesis.settings.register_profile("jax", deadline=None, max_examples=25, dera
 hypothesis.settings.load_profile("jax")
 
 
+def pytest_addoption(parser):
+    for mark in ("slow", "nightly"):
+        parser.addoption(f"--{mark}", action="store_true", help=f"run the {mark} tests as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the slow tests that were not asked for."""
+    left_out = [mark for mark in ("slow", "nightly") if not config.getoption(mark)]
+    chosen = [not any(map(item.get_closest_marker, left_out)) for item in items]
+    config.hook.pytest_deselected(
+        items=[item for item, is_chosen in zip(items, chosen, strict=True) if not is_chosen]
+    )
+    items[:] = [item for item, is_chosen in zip(items, chosen, strict=True) if is_chosen]
+
+
 def pytest_report_header():
     versions = [f"{name} {version(name)}" for name in ("jax", "equinox", "optax", "brainunit")]
     return f"{', '.join(versions)}, {jax.numpy.result_type(float)}"

@@ -335,7 +335,7 @@ def list_training() -> Rows:
     rows["jit.donate"] = (
         lambda x: vg.jit(total, donate=x),
         NO_STRING | {"typo": "every"},
-        "`jit(donate=...)` must be 'all'",
+        "`jit(donate=...)` must be one of 'all'",
     )
     return rows
 

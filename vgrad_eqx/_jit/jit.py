@@ -1,39 +1,51 @@
 """Compiled functions, whose calls cost little more in Python than `jax.jit` of flat arrays."""
 
+import contextlib
 import functools as ft
+import inspect
+import threading
+import types
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import equinox as eqx
 import jax
-import jax.core
 import jax.tree_util as jtu
 import numpy as np
 
 from .._gradients.engine import GradientTransform
-from .._tree.flat import is_any_traced, is_scalar, Rest, Split, split_arrays
+from .._tree.cache import Cache
+from .._tree.flat import is_scalar, Rest, split_arrays
 from .._tree.missing import MISSING
+from .._tree.numpy_leaves import is_numpy, remember_types
 from .._tree.state import is_reference
 from .._tree.text import show
-from .reader import find_contents, make_guard, make_reader
+from .callbacks import explain, has_callback, wait
+from .generated import Arrays, make_builder, make_reader
 
 
-def jit(func: Any = MISSING, *, donate: str = "none") -> Any:
+Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
+
+
+def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
     """Compiles a function, whose calls then cost little more than `jax.jit` over flat arrays.
 
     What `equinox.filter_jit` does, for gradients and for any other function: JAX and NumPy
-    arrays in the arguments are traced, and all else is constant. It remembers how the arguments
-    are put together, and fetches their arrays by code that is written for them, while
-    `filter_jit` flattens and rebuilds every module. It may also decorate, with options and
-    without: `@vg.jit` above `@vg.vector_grad(...)`, of a method as well.
+    arrays in the arguments are traced, and all else is constant. It writes code for the
+    structure of the arguments and of the results, which fetches the arrays and puts the
+    results together, while `filter_jit` flattens and rebuilds every module. It may also
+    decorate, with options and without: `@vg.jit` above `@vg.vector_grad(...)`, of a method as
+    well.
 
     **Arguments:**
 
-    - `func`: the function, such as a [`vgrad_eqx.GradientTransform`][], which
+    - `func`: any function, or a [`vgrad_eqx.GradientTransform`][], which
         [`vgrad_eqx.vector_grad`][] and its siblings return.
     - `donate`: which JAX arrays in the arguments are donated, so that their memory is used
-        again: `"all"`, `"all-except-first"` or `"none"`, as in `equinox.filter_jit`.
+        again, as in `equinox.filter_jit`: those of `"all"` arguments, `"all-except-first"`, or
+        `"none"`. JAX warns of donated arrays that it could not use again only under `"warn"`
+        and `"warn-except-first"`, which donate the same.
 
     **Returns:**
 
@@ -43,83 +55,159 @@ def jit(func: Any = MISSING, *, donate: str = "none") -> Any:
     apart. Without `func`, it returns a decorator.
 
     Its `lower(*args, **kwargs)` gives what `jax.jit(...).lower(...)` does, to look at the
-    program.
+    program, or to `compile()` it for arguments like these.
 
     **Raises:**
 
     - `TypeError`: at once, if `func` is not callable; on calling, for a static value that has
         no hash, since it could change unnoticed.
     - `ValueError`: at once, for another `donate`.
+    - `equinox.EquinoxRuntimeError`: on calling, if an `equinox.error_if` in `func` fails.
 
     **Example:**
 
-        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> import equinox as eqx, jax, jax.numpy as jnp, optax
         >>> import vgrad_eqx as vg
         >>> mlp = eqx.nn.MLP(2, 1, 8, 1, key=jax.random.key(0))
-        >>> @vg.jit
-        ... @vg.vector_grad(grad_states="layers.*.bias", return_value=True)
-        ... def errors(model, x, y):
-        ...     return jnp.square(jax.vmap(model)(x) - y)
-        >>> var_grads, value = errors(mlp, jnp.ones((5, 2)), jnp.ones((5, 1)))
-        >>> list(var_grads), value.shape
-        (['layers.0.bias', 'layers.1.bias'], (5, 1))
+        >>> opt = vg.Optimizer(optax.adam(1e-2), mlp)
+        >>> loss = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)
+        >>> @vg.jit(donate="all")
+        ... def make_step(model, opt, x, y):
+        ...     var_grads, value = vg.grad(loss, "**", return_value=True)(model, x, y)
+        ...     return *opt.step(model, var_grads), value
+        >>> for _ in range(3):
+        ...     mlp, opt, value = make_step(mlp, opt, jnp.ones((5, 2)), jnp.ones((5, 1)))
+        >>> int(opt.count), value.shape
+        (3, ())
+
+    **Source:** `equinox.filter_jit`, Equinox 0.13, for what is traced and donated.
     """
     if func is MISSING:
         return ft.partial(jit, donate=donate)
     if not callable(func):
         raise TypeError(f"`jit(func=...)` must be a callable. Got {show(func)}.")
-    if donate not in ("all", "all-except-first", "none"):
+    if not isinstance(donate, str) or donate not in _DONATED:
         raise ValueError(
-            f"`jit(donate=...)` must be 'all', 'all-except-first' or 'none'. "
-            f"Got {show(donate)}."
+            f"`jit(donate=...)` must be one of {', '.join(map(repr, _DONATED))}. Got "
+            f"{show(donate)}."
         )
-    programs = _Programs(func, donate)
+    return _compile(func, donate)
+
+
+def _compile(func: Any, donate: Donate) -> Any:
+    programs = _find_programs(func, donate)
+    # The arrays of the function are arguments as well, or they would be constants.
+    own = split_arrays(func, _is_array).diff
 
     # A function, because Python calls one faster than an object, and a module slower yet.
     def call(first=MISSING, /, *rest, **kwargs):
         program = programs.latest
-        leaves = program.read_first(first)
-        others = None if leaves is None else program.read_others(rest, kwargs)
-        if others is None:
-            program, (leaves, others) = programs.find(first, rest, kwargs)
-        out = program.compiled(leaves, others)
-        return out.combine() if type(out) is Split else out
+        inputs = None if first is MISSING else program.read(first, rest, kwargs)
+        if inputs is None:
+            program, inputs = programs.find(func, first, rest, kwargs)
+        if own:
+            inputs[1].extend(own)
+        try:
+            result = program.compiled(*inputs)
+            if program.is_traced:
+                result = program.finish(inputs, result)
+        except BaseException as error:
+            program.fail(error)
+            raise
+        return result()
 
-    def lower(first=MISSING, /, *rest, **kwargs):
-        program, inputs = programs.find(first, rest, kwargs)
-        return program.compiled.lower(*inputs)
+    def read(first=MISSING, /, *rest, **kwargs):
+        program, (arrays, others) = programs.find(func, first, rest, kwargs)
+        return program, (arrays, [*others, *own])
 
-    vars(call)["lower"] = lower
+    vars(call)["lower"] = ft.partial(_lower, read)
     return ft.update_wrapper(call, func, updated=())
+
+
+def _lower(read: Callable[..., tuple["_Program", Arrays]], *args: Any, **kwargs: Any) -> Any:
+    program, inputs = read(*args, **kwargs)
+    return _Lowered(program.lower(inputs), read)
+
+
+def _bind(func: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Keyword arguments as the first one, other positional ones, and the rest."""
+    try:
+        bound = inspect.signature(func).bind(**kwargs)
+    except (TypeError, ValueError):  # the call itself says what is wrong
+        return MISSING, (), kwargs
+    first, *rest = bound.args or (MISSING,)
+    return first, tuple(rest), bound.kwargs
 
 
 class _NoProgram:
     """None that was made yet."""
 
     @staticmethod
-    def read_first(first: Any) -> None:
+    def read(first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return None
 
 
 class _Programs:
-    """The programs of one function, one for each kind of arguments."""
+    """The programs of one function, one for each kind of arguments.
 
-    def __init__(self, func: Any, donate: str):
-        self._func = func
-        self._donate = {"none": (), "all-except-first": (1,), "all": (0, 1)}[donate]
+    `find_func` gives the function with these arrays.
+    """
+
+    def __init__(self, find_func: Callable[[Sequence[Any]], Any], name: str, donate: Donate):
+        self._make = ft.partial(_Program, find_func, name, donate)
+        self._lock = threading.Lock()
         self._programs: list[_Program] = []
         self.latest: Any = _NoProgram
 
-    def find(self, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def find(
+        self, func: Any, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple["_Program", Arrays]:
         """A program for these arguments, and what it takes."""
-        for program in self._programs:
+        if first is MISSING and kwargs:
+            first, rest, kwargs = _bind(func, kwargs)
+        with self._lock:
+            for program in self._programs:
+                inputs = program.read(first, rest, kwargs)
+                if inputs is not None:
+                    self.latest = program
+                    return program, inputs
+            given = [first, *rest]
+            args = _mark_numbers(func, given)
+            numbers = [x for x, arg in zip(args, given, strict=True) if x is not arg]
+            program = self._make(args, kwargs, numbers)
             inputs = program.read(first, rest, kwargs)
-            if inputs is not None:
-                self.latest = program
-                return program, inputs
-        self.latest = program = _Program(self._func, self._donate, first, rest, kwargs)
-        self._programs = [program, *self._programs[:_MOST]]
-        return program, program.read(first, rest, kwargs)
+            assert inputs is not None
+            self.latest = program
+            self._programs = [program, *self._programs[:_MOST]]
+        return program, inputs
+
+
+def _find_programs(func: Any, donate: Donate) -> _Programs:
+    """The programs of a function, which are the same if it is passed to `jit` again.
+
+    Those of a Python function live as long as it does. Those of a module serve all that differ
+    from it in their arrays only, if they keep nothing alive that a function closes over.
+    """
+    name = getattr(func, "__name__", "run")
+    rest = split_arrays(func, _is_array).rest
+    if isinstance(func, types.FunctionType):
+        find_func = weakref.ref(func)
+        of_func = _of_functions.setdefault(func, {})
+        return of_func.setdefault(donate, _Programs(lambda _: find_func(), name, donate))
+    programs = _Programs(rest.combine, name, donate)
+    if jtu.all_leaves([func]) or any(getattr(x, "__closure__", None) for x in rest.constants):
+        return programs
+    key = (donate, rest.structure, *rest.indices, *[(type(x), x) for x in rest.constants])
+    found = _of_modules.get(key)
+    if found is None:
+        _of_modules.set(key, programs)
+    return programs if found is None else found
+
+
+_of_functions: weakref.WeakKeyDictionary[Any, dict[str, _Programs]] = (
+    weakref.WeakKeyDictionary()
+)
+_of_modules = Cache()
 
 
 class _Program:
@@ -127,74 +215,111 @@ class _Program:
 
     def __init__(
         self,
-        func: Any,
-        donate: tuple[int, ...],
-        first: Any,
-        rest: tuple[Any, ...],
+        find_func: Callable[[Sequence[Any]], Any],
+        name: str,
+        donate: Donate,
+        args: list[Any],
         kwargs: dict[str, Any],
+        numbers: Sequence[Any],
     ):
-        given = [first, *rest]
-        marked = _mark_numbers(func, given)
-        numbers = [x for x, arg in zip(marked, given, strict=True) if x is not arg]
-        # The arrays of the function are arguments as well, or they would be constants.
-        own_func = func if split_arrays(func, _is_array).diff else None
-        first, others = marked[0], (own_func, tuple(marked[1:]), kwargs)
-        first_rest, other_rest = (split_arrays(x, _is_array).rest for x in (first, others))
+        """Of the arguments, `numbers` stand for Python numbers."""
+        trees = args[0], (tuple(args[1:]), kwargs)
+        split, other_split = [split_arrays(tree, _is_array) for tree in trees]
+        first_rest, other_rest = split.rest, other_split.rest
+        num_others = len(other_split.diff)
         _refuse_unhashable(first_rest, other_rest)
+        array_types = list(map(type, [*split.diff, *other_split.diff]))
+        scalars = [
+            any(x is number for number in numbers) for x in [*split.diff, *other_split.diff]
+        ]
 
-        def run(leaves: Sequence[Any], other_leaves: Sequence[Any]) -> Any:
-            first = first_rest.combine(leaves)
-            own_func, rest, kwargs = other_rest.combine(other_leaves)
+        def run(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
+            self._begin()
+            first = first_rest.combine(arrays)
+            rest, kwargs = other_rest.combine(others[:num_others])
+            func = find_func(others[num_others:])
             args = rest if first is MISSING else (first, *rest)
-            out = (func if own_func is None else own_func)(*args, **kwargs)
-            split = split_arrays(out, _is_array)
-            return out if len(split.diff) == split.rest.structure.num_leaves else split
+            with remember_types([*arrays, *others[:num_others]], array_types) as answer:
+                out = func(*args, **kwargs)
+            self._types_matter |= answer[0]
+            return _Result(make_builder(out, _is_array), split_arrays(out, _is_array).diff)
 
-        run.__name__ = getattr(func, "__name__", run.__name__)
-        self.compiled = jax.jit(run, inline=True, donate_argnums=donate)
-        # Give the arrays in the first argument, and in the others, or `None` if these differ.
-        self.read_first = read_first = _make_array_reader(first, numbers)
-        if isinstance(first, eqx.Module):
-            self.read_first = self._watch(read_first)
-        read_others = _make_array_reader(others, numbers)
-        self.read_others = lambda rest, kwargs: read_others((own_func, rest, kwargs))
-        if own_func is None and not kwargs and all(map(_is_array, marked[1:])) and not numbers:
-            self.read_others = _make_plain_reader(len(rest))
+        def check(arrays: Sequence[Any], others: Sequence[Any]) -> bool:
+            return all(
+                _is_array(leaf)
+                and not (self._types_matter and is_numpy(type(leaf)) != is_numpy(known))
+                or (number and is_scalar(leaf))
+                for leaf, known, number in zip(
+                    [*arrays, *others], array_types, scalars, strict=True
+                )
+            )
 
-    def read(self, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the compiled function takes for these arguments, or `None` if they differ."""
-        leaves = self.read_first(first)
-        others = None if leaves is None else self.read_others(rest, kwargs)
-        return None if others is None else (leaves, others)
+        run.__name__ = name
+        self._jitted = jax.jit(run, inline=True, donate_argnums=_DONATED[donate])
+        self.compiled: Callable[..., _Result] = self._jitted
+        others = {"rest": trees[1][0], "kwargs": kwargs}
+        self.read = make_reader(args[0], others, _is_array, check)
+        self.is_traced = False  # by this call
+        self._types_matter = False
+        self._is_quiet = donate.startswith("all")
+        self._filters = contextlib.ExitStack()
 
-    def _watch(self, read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Reads modules, and recognizes one that is passed often."""
-        seen, times = weakref.ref(self), 0
+    def _begin(self) -> None:
+        """Looks after what JAX does between tracing and the end of a call."""
+        self.is_traced = True
+        if self._is_quiet:
+            self._filters.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
 
-        def watch(module: Any) -> Any:
-            nonlocal seen, times
-            leaves = read(module)
-            if leaves is None or seen() is not module:
-                seen, times = weakref.ref(self if leaves is None else module), 0
-                return leaves
-            times += 1
-            if times == _OFTEN:
-                self._recognize(module, leaves, read)
-            return leaves
+    def _end(self) -> None:
+        self.is_traced = False
+        self._filters.close()
 
-        return watch
+    def lower(self, inputs: Arrays) -> Any:
+        try:
+            return self._jitted.lower(*inputs)
+        finally:
+            self._end()
 
-    def _recognize(self, module: eqx.Module, leaves: list[Any], read: Any) -> None:
-        """Looks for this module first from now on. That takes as long as many calls."""
-        contents = find_contents(module)
-        if contents is None or is_any_traced(leaves):
-            return
-        watch = self._watch(read)
+    def finish(self, inputs: Arrays, result: Any) -> Any:
+        """Ends a call that was traced, and finds out whether to wait for its errors."""
+        self._end()
+        if has_callback(self._jitted.trace(*inputs).jaxpr.jaxpr):
+            self.compiled = ft.partial(wait, self._jitted)
+            wait(lambda: result)
+        return result
 
-        def forget(_: Any) -> None:
-            self.read_first = watch
+    def fail(self, error: BaseException) -> None:
+        self._end()
+        explain(error)
 
-        self.read_first = make_guard(module, contents, leaves, watch, forget)
+
+class _Result(ft.partial):
+    """A function that builds what was returned, applied to its arrays.
+
+    To JAX it is a pytree of these. No Python runs when it is made.
+    """
+
+
+jtu.register_pytree_node(_Result, lambda result: (result.args[0], result.func), _Result)
+
+
+class _Lowered:
+    """What `jax.jit(...).lower(...)` returns, and its `compile()`, for whole pytrees."""
+
+    def __init__(self, lowered: Any, read: Callable[..., tuple[Any, Arrays]]):
+        self._lowered = lowered
+        self._read = read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lowered, name)
+
+    def compile(self, *args: Any, **kwargs: Any) -> "_Lowered":
+        return _Lowered(self._lowered.compile(*args, **kwargs), self._read)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _, inputs = self._read(*args, **kwargs)
+        return self._lowered(*inputs)()
 
 
 def _refuse_unhashable(*rests: Rest) -> None:
@@ -211,32 +336,6 @@ def _refuse_unhashable(*rests: Rest) -> None:
                 ) from error
 
 
-def _make_array_reader(tree: Any, numbers: Sequence[Any]) -> Callable[[Any], Any]:
-    """A reader that takes arrays alone, and a Python number in the place of each of these."""
-    leaves = split_arrays(tree, _is_array).diff
-    scalars = {i for i, x in enumerate(leaves) if any(x is number for number in numbers)}
-
-    def check(leaves: Sequence[Any]) -> Any:
-        for i, leaf in enumerate(leaves):
-            if not _is_array(leaf) and not (i in scalars and is_scalar(leaf)):
-                return None
-        return leaves
-
-    return make_reader(tree, _is_array, _is_array_type, check)
-
-
-def _make_plain_reader(num_args: int) -> Callable[[Any, Any], Any]:
-    """Passes arrays as they are."""
-
-    def read(rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs or len(rest) != num_args:
-            return None
-        is_known = all(map(_is_array_type, map(type, rest)))
-        return rest if is_known or all(map(_is_array, rest)) else None
-
-    return read
-
-
 def _mark_numbers(func: Any, args: list[Any]) -> list[Any]:
     """The arguments, with an array for each Python number that a gradient is by."""
     if not isinstance(func, GradientTransform):
@@ -251,22 +350,17 @@ def _mark_numbers(func: Any, args: list[Any]) -> list[Any]:
     ]
 
 
+# The inputs that JAX is told to donate: the first argument, and the others.
+_DONATED = {
+    "all": (0, 1),
+    "all-except-first": (1,),
+    "warn": (0, 1),
+    "warn-except-first": (1,),
+    "none": (),
+}
 _MOST = 63
-_OFTEN = 16
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, _ARRAYS) and not is_reference(leaf)
-
-
-class _ArrayTypes(dict[type, bool]):
-    """Whether all objects of a type are arrays. A tracer may stand for a reference."""
-
-    def __missing__(self, kind: type) -> bool:
-        is_array = issubclass(kind, _ARRAYS) and not issubclass(kind, jax.core.Tracer | jax.Ref)
-        self[kind] = is_array
-        return is_array
-
-
-_is_array_type = _ArrayTypes().__getitem__

@@ -4,6 +4,7 @@ import abc
 import copy
 import dataclasses
 import functools as ft
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._tree.flat import FlatTree, replace_at
+from .._tree.numpy_leaves import as_given
 from .._tree.state import find_states
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import split_unit
@@ -87,10 +89,12 @@ class Instance(Selector):
         return isinstance(node, self.node_type)
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        nodes = jtu.tree_leaves(flat.tree, is_leaf=self._is_instance)
-        return [
-            self._is_instance(node) for node in nodes for _ in range(len(FlatTree(node).leaves))
-        ]
+        leaves, mask = iter(as_given(flat.leaves)), []
+        for node in jtu.tree_leaves(flat.tree, is_leaf=self._is_instance):
+            inside = list(itertools.islice(leaves, len(FlatTree(node).leaves)))
+            is_inside = self._is_instance(inside[0] if jtu.all_leaves([node]) else node)
+            mask += [is_inside] * len(inside)
+        return mask
 
     def __repr__(self) -> str:
         types = self.node_type if isinstance(self.node_type, tuple) else (self.node_type,)
@@ -129,9 +133,9 @@ class Leaf(Selector):
     predicate: Callable[[Any], Any]
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        mask = [False] * len(flat.leaves)
+        mask, leaves = [False] * len(flat.leaves), as_given(flat.leaves)
         for i in flat.differentiable:
-            mask[i] = _ask(self.predicate, flat.leaves[i])
+            mask[i] = _ask(self.predicate, leaves[i])
         return mask
 
     def __repr__(self) -> str:
@@ -175,10 +179,14 @@ class _Spec(Selector):
                 f"its first levels. Got {self!r} for {show(flat.tree)}. Make it of that tree, "
                 "by `jax.tree.map`."
             ) from error
+        leaves = flat.leaves
+        if any(map(callable, self.entries)):
+            leaves = as_given(leaves)
+        sizes = [len(FlatTree(subtree).leaves) for subtree in subtrees]
+        entries = [e for e, size in zip(self.entries, sizes, strict=True) for _ in range(size)]
         return [
             _ask(entry, split_unit(leaf)[0]) if callable(entry) else bool(entry)
-            for entry, subtree in zip(self.entries, subtrees, strict=True)
-            for leaf in FlatTree(subtree).leaves
+            for entry, leaf in zip(entries, leaves, strict=True)
         ]
 
     def __repr__(self) -> str:
@@ -202,6 +210,8 @@ def as_selector(selector: Any) -> Selector:
             " It says which leaves are meant, and does not hold them: pass the tree itself as "
             "an argument of the function."
         )
+    elif type(selector).__module__.startswith("brainstate"):
+        hint = " For one of brainstate, make a `vg.State` of its `value`."
     elif isinstance(selector, int):
         hint = " To differentiate an argument, use `argnums`."
     elif any(isinstance(entry, type) for entry in entries):

@@ -1,0 +1,56 @@
+"""Errors that `equinox.error_if` raises while a compiled program runs."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+from jax.extend.core import Jaxpr, jaxprs_in_params
+
+
+def has_callback(jaxpr: Jaxpr) -> bool:
+    """Whether a program calls Python, which may raise an error."""
+    return any(
+        eqn.primitive.name == "pure_callback"
+        or any(map(has_callback, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def wait(compiled: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls a compiled function, and waits, so that its errors are raised here.
+
+    Without the traceback of the callback, which JAX would print besides.
+    """
+    logger = logging.getLogger("jax._src.callback")
+    logger.addFilter(_is_no_failure)
+    try:
+        result = compiled(*inputs)
+        for leaf in jax.tree.leaves(result):
+            if not isinstance(leaf, jax.core.Tracer):
+                leaf.block_until_ready()
+        return result
+    finally:
+        logger.removeFilter(_is_no_failure)
+
+
+def _is_no_failure(record: logging.LogRecord) -> bool:
+    return record.getMessage() != "jax.pure_callback failed"
+
+
+def explain(error: BaseException) -> None:
+    """Raises the error that Equinox has for one of `equinox.error_if`, and no other.
+
+    Equinox explains what is raised in a function that it compiles itself.
+    """
+    is_known = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    if not is_known or "_EquinoxRuntimeError: " not in str(error):
+        return
+
+    @eqx.filter_jit
+    def fail() -> None:
+        raise error
+
+    fail()
