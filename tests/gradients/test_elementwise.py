@@ -164,6 +164,30 @@ def test_no_mixing_is_missed_in_drawn_networks(seed):
             run_drawn(generator, mix_a_pair)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_high_order_of_a_polynomial(dtype):
+    x = jnp.linspace(0.5, 1.0, 8, dtype=dtype)
+    got = jax.jit(vg.elementwise_grad(lambda x: x**3, order=9, check_states=False))(x)
+    assert tree_allclose(got, jnp.zeros_like(x))
+    with pytest.raises(Exception, match="depends on other elements"):
+        vg.elementwise_grad(lambda x: x**3 + x[::-1], order=8, check_states=False)(x)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_function_that_sets_a_state_may_be_compiled(order):
+    seen = vg.State(jnp.zeros(2))
+
+    def func(x):
+        seen.value = jax.lax.stop_gradient(2 * x)
+        return x**3
+
+    x = jnp.array([1.0, 2.0])
+    for wrap in (lambda f: f, jax.jit, vg.jit):
+        expected = {1: 3 * x**2, 2: 6 * x}[order]
+        assert tree_allclose(wrap(vg.elementwise_grad(func, order=order))(x), expected)
+        assert seen.value.tolist() == [2.0, 4.0]
+
+
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_all_elements_of_a_large_batch_have_their_own_weights(order):
     rule = _Elementwise(order, True)

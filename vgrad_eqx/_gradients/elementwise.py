@@ -203,8 +203,8 @@ class _Elementwise:
         """
         most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
         exponents = 1 + min(30, most // 2 - 1) // self.order
-        # An even power has no sign.
-        base = exponents if self.order % 2 == 0 else 2 * exponents
+        # An even power has no sign, but the first derivative has, of what is left then.
+        base = max(2, exponents if self.order % 2 == 0 else 2 * exponents)
         numbers = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape)
         weights = []
         while len(weights) < 2 or numbers.any():
@@ -225,7 +225,7 @@ def _refuse_long(order: int, func: Callable[..., Any], diff: Sequence[Any]) -> N
 
     def count(order: int) -> int:
         pushed = _push(lambda leaf: func(leaf, *diff[1:])[0], jnp.ones_like(diff[0]), order)
-        return _count_operations(jax.make_jaxpr(pushed)(diff[0]).jaxpr)
+        return 1 + _count_operations(jax.make_jaxpr(pushed)(diff[0]).jaxpr)
 
     before, last = count(_COUNTED - 1), count(_COUNTED)
     digits = math.log10(last) + math.log10(last / before) * (order - _COUNTED)
