@@ -468,3 +468,27 @@ def test_while_it_is_traced_an_error_of_the_function_is_raised():
 
     with pytest.raises(RuntimeError, match="as asked for"):
         eqx.filter_jit(vg.vector_grad(func, True, check_states=False))(make_mlp(), jnp.ones(3))
+
+
+class Wave(eqx.Module):
+    frequency: jax.Array
+
+    def __call__(self, x):
+        return jnp.sin(self.frequency * x)
+
+
+MAPPED = {"vmap": jax.vmap, "jit of vmap": lambda net: jax.jit(jax.vmap(net))}
+
+
+@pytest.mark.parametrize("wrap", MAPPED.values(), ids=MAPPED.keys())
+@pytest.mark.parametrize("name", ["elementwise_grad", "vector_grad", "jacrev"])
+def test_a_mapped_module_is_differentiated_without_a_warning(wrap, name):
+    """A warning is an error in these tests. Equinox warns of leaves such as `jax.vmap(net)`."""
+    net, x = Wave(jnp.array(2.0)), jnp.linspace(0.0, 1.0, 5)
+    transform = getattr(vg, name)(wrap(net))
+    expected = 2 * jnp.cos(2 * x)
+    expected = jnp.diag(expected) if name == "jacrev" else expected
+    for each in (transform, jax.jit(transform), eqx.filter_jit(transform), vg.jit(transform)):
+        assert tree_allclose(each(x), expected)
+    assert callable(transform.func)
+    assert transform.__wrapped__ is transform.func

@@ -51,13 +51,13 @@ HISTORY = [
 
 def test_the_picture_shows_each_path_at_each_step():
     ax = vg.plot_grad_norms(HISTORY)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["dead", "body", "head"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["body", "dead", "head"]
     regular, zero, not_finite = [image.get_array() for image in ax.images]
     shown = ~np.ma.getmaskarray(np.ma.masked_invalid(regular))
-    assert shown.tolist() == [[False] * 4, [True] * 3 + [False], [False, True, True, False]]
+    assert shown.tolist() == [[True] * 3 + [False], [False] * 4, [False, True, True, False]]
     marked = [~np.ma.getmaskarray(np.ma.masked_invalid(each)) for each in (zero, not_finite)]
-    assert marked[0].tolist() == [[True] * 4, [False] * 4, [False] * 4]
-    assert marked[1].tolist() == [[False] * 4, *[[False] * 3 + [True]] * 2]
+    assert marked[0].tolist() == [[False] * 4, [True] * 4, [False] * 4]
+    assert marked[1].tolist() == [[False] * 3 + [True], [False] * 4, [False] * 3 + [True]]
     plt.close("all")
 
 
@@ -65,6 +65,14 @@ def test_the_picture_is_drawn_into_given_axes():
     figure, axes = plt.subplots()
     assert vg.plot_grad_norms([{"a": 1.0 * u.ms}], ax=axes) is axes
     assert len(figure.axes) == 2
+    plt.close("all")
+
+
+def test_paths_are_in_natural_order():
+    norms = {f"layers.{i}.weight": 1.0 for i in (0, 1, 10, 2)}
+    ax = vg.plot_grad_norms(norms for _ in range(2))
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == [f"layers.{i}.weight" for i in (0, 1, 2, 10)]
     plt.close("all")
 
 

@@ -272,3 +272,53 @@ def test_a_scale_at_an_unknown_path_is_refused():
 def test_a_loss_unit_that_is_no_unit_is_refused():
     with pytest.raises(TypeError, match=r"`unitful\(loss_unit=...\)` must be a unit, .* Got 3"):
         unitful(optax.adam(0.1), 3)
+
+
+def make_cell():
+    return {
+        name: {"g": jnp.array(g) * u.nS, "n": 1} for name, g in [("axon", 20.0), ("soma", 10.0)]
+    }
+
+
+def conductances(params):
+    return sum((each["g"] / u.nS) ** 2 for each in params.values())
+
+
+SCALES: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "glob": ({"*.g": 5.0 * u.nS}, (19.0, 9.5)),
+    "the path before the glob": ({"*.g": 5.0 * u.nS, "soma.g": 10.0 * u.nS}, (19.0, 8.0)),
+    "node": ({"axon": 5.0 * u.nS}, (19.0, 9.98)),
+}
+
+
+@pytest.mark.parametrize(("scale", "expected"), SCALES.values(), ids=SCALES.keys())
+def test_a_scale_may_be_at_a_glob(scale, expected):
+    params = make_cell()
+    tx = vg.unitful(optax.sgd(1e-3), scale=scale)
+    grads = vg.grad(conductances, "**.g", unit_aware=True)(params)
+    params, _ = vg.Optimizer(tx, params, "**.g").step(params, grads)
+    got = [float(params[name]["g"] / u.nS) for name in ("axon", "soma")]
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_scale_may_name_more_than_is_optimized():
+    params = make_cell()
+    tx = vg.unitful(optax.sgd(1e-3), scale={"axon.g": 5.0 * u.nS, "soma.g": 2.0 * u.nS})
+    opt = vg.Optimizer(tx, params, "axon.g")
+    assert list(opt.reselect(params, "soma.g").params(params)) == ["soma.g"]
+    step = vg.train_step(conductances, tx, "axon.g")
+    state, _ = step(step.init(params))
+    assert float(state.model["axon"]["g"] / u.nS) == pytest.approx(19.0, rel=1e-5)
+    with pytest.raises(ValueError, match="Got `axn.g`. Its nearest paths are `axon.g`"):
+        vg.Optimizer(vg.unitful(optax.sgd(1.0), scale={"axn.g": 1.0}), params, "soma.g")
+    # By optax alone, the parameters are the whole model.
+    with pytest.raises(ValueError, match="must name paths of the parameters. Got `axon.g`"):
+        tx.init(vg.states(params, "soma.g"))
+
+
+def test_two_globs_for_one_parameter_are_refused():
+    tx = vg.unitful(optax.sgd(1.0), scale={"*.g": 1.0 * u.nS, "axon.*": 1.0 * u.nS})
+    with pytest.raises(
+        ValueError, match=r"one scale to `axon.g`. Got two, at `\*.g` and `axon"
+    ):
+        tx.init(vg.states(make_cell()))

@@ -14,7 +14,7 @@ import numpy as np
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
 from .._tree.state import read, State, write
-from .._tree.units import attach_unit, describe_unit, split_unit
+from .._tree.units import attach_unit, describe_unit, refuse_foreign, split_unit
 from .archive import Entry, read_archive, write_archive
 
 
@@ -54,6 +54,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         >>> loaded["w"].tolist(), loaded["epoch"]
         ([1.0, 2.0], 3)
     """
+    refuse_foreign(tree, "save(tree=...)")
     items = _list_items(FlatTree(_expand(tree)), "save(tree=...)")
     if not items:
         raise ValueError(

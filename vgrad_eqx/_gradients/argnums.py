@@ -3,6 +3,8 @@
 import operator
 from typing import Any
 
+from .._tree.text import show
+
 
 def parse_argnums(argnums: Any, caller: str) -> int | tuple[int, ...] | None:
     """An int or a tuple of ints, as they were given."""
@@ -10,7 +12,9 @@ def parse_argnums(argnums: Any, caller: str) -> int | tuple[int, ...] | None:
         return None
     if isinstance(argnums, list | tuple):
         if not argnums:
-            raise ValueError(f"`{caller}` must name at least one argument. Got {argnums!r}.")
+            raise ValueError(
+                f"`{caller}` must name at least one argument. Got {show(argnums)}."
+            )
         return tuple([_parse_argnum(argnum, argnums, caller) for argnum in argnums])
     return _parse_argnum(argnums, argnums, caller)
 
@@ -22,5 +26,5 @@ def _parse_argnum(argnum: Any, argnums: Any, caller: str) -> int:
         return operator.index(argnum)
     except TypeError:
         raise TypeError(
-            f"`{caller}` must be an int, or a list or tuple of ints. Got {argnums!r}."
+            f"`{caller}` must be an int, or a list or tuple of ints. Got {show(argnums)}."
         ) from None

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
+from .._tree.text import show
 from .._tree.units import (
     find_factors,
     multiply_units,
@@ -54,8 +55,8 @@ def _parse_cotangent(
         entries = output.structure.flatten_up_to(given)
     except ValueError as error:
         raise ValueError(
-            f"`{caller}` must have the structure of the output, {eqx.tree_pformat(value)}. Got "
-            f"{eqx.tree_pformat(given)}."
+            f"`{caller}` must have the structure of the output, {show(value)}. Got "
+            f"{show(given)}."
         ) from error
     cotangents, units = [], []
     for i, number, unit in zip(output.indices, numbers, output.units, strict=True):
@@ -70,7 +71,7 @@ def _parse_number(number: Any, output: Any, caller: str) -> Any:
     if not eqx.is_array_like(number):
         raise TypeError(
             f"`{caller}` must hold an array for each inexact output. Got "
-            f"{eqx.tree_pformat(number)} for one of shape {shape}."
+            f"{show(number)} for one of shape {shape}."
         )
     # A Python number has no dtype of its own.
     fits = jnp.result_type(number, dtype) == dtype and not (

@@ -24,8 +24,14 @@ from .._tree import state
 from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
-from .._tree.text import name_shapes
-from .._tree.units import attach_unit, divide_units, find_quotient, scale_number
+from .._tree.text import check_flag, name_shapes, show
+from .._tree.units import (
+    attach_unit,
+    divide_units,
+    find_quotient,
+    refuse_foreign,
+    scale_number,
+)
 from .argnums import parse_argnums
 from .check import refuse_unreached, UsesReferences
 from .cotangents import make_cotangents
@@ -86,7 +92,7 @@ class GradientTransform(eqx.Module):
         (True, 6.0)
     """
 
-    func: Callable[..., Any]
+    wrapped: Any
     grad_states: GradStates | None
     cotangent: Any
     operator: Operator = eqx.field(static=True)
@@ -96,6 +102,10 @@ class GradientTransform(eqx.Module):
     unit_aware: bool = eqx.field(static=True)
     check_states: bool = eqx.field(static=True)
     debug_nan: bool = eqx.field(static=True)
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        return self.wrapped.func if type(self.wrapped) is jtu.Partial else self.wrapped
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -120,7 +130,7 @@ class GradientTransform(eqx.Module):
         """The direct road: JAX differentiates `func` as it is."""
         if not state.exists.is_set():
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
-        if isinstance(jax.device_put(_PROBE), jax.core.Tracer):
+        if is_tracing():
             return self._differentiate_apart(flat_func)
         journal = state.Journal()
         with state.lock:
@@ -201,12 +211,19 @@ class GradientTransform(eqx.Module):
                 pairs = zip(grads, firsts, strict=True)
                 grads = [_divide_row(second, unit, flat_func.units) for second, unit in pairs]
             arranged.append(arrange(grads))
+        if self.unit_aware:  # those of states are of the structure of their values
+            refuse_foreign(arranged, f"{flat_func.name}(unit_aware=True)")
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
 
 
-# A constant, which is a tracer where JAX traces a program, and an array where it only
-# differentiates or maps. To put it on a device compiles nothing.
+# To put it on a device compiles nothing.
 _PROBE = np.zeros(())
+
+
+def is_tracing() -> bool:
+    """Whether JAX traces a program now. It does not where it only differentiates or maps."""
+    return isinstance(jax.device_put(_PROBE), jax.core.Tracer)
+
 
 _LOOKS_AT_VALUES = (
     jax.errors.ConcretizationTypeError,
@@ -333,6 +350,9 @@ def make_transform(
     name = operator.name
     options["argnums"] = parse_argnums(argnums, f"{name}(argnums=...)")
     options["grad_states"] = parse_grad_states(grad_states, f"{name}(grad_states=...)")
+    for option, flag in options.items():
+        if option not in ("argnums", "grad_states") and (option, flag) != ("has_aux", None):
+            check_flag(flag, f"{name}({option}=...)")
     make = ft.partial(_wrap, operator=operator, cotangent=cotangent, **options)
     return make if func is MISSING else make(func)
 
@@ -341,7 +361,11 @@ def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:
     name = operator.name
     if not callable(func):
         raise TypeError(
-            f"`{name}(func=...)` must be a callable. Got {func!r}. To set options first, "
+            f"`{name}(func=...)` must be a callable. Got {show(func)}. To set options first, "
             f"use `@{name}(grad_states=...)`."
         )
-    return eqx.module_update_wrapper(GradientTransform(func, operator=operator, **options))
+    wrapped = func
+    if jtu.all_leaves([func]) and hasattr(func, "__wrapped__"):
+        # Of a leaf such as `jax.vmap(model)`, Equinox warns that its arrays are not trained.
+        wrapped = jtu.Partial(func)
+    return eqx.module_update_wrapper(GradientTransform(wrapped, operator=operator, **options))

@@ -16,6 +16,8 @@ from .._references.values import StateValues
 from .._select.grad_states import GradStates
 from .._select.selectors import select
 from .._tree.flat import FlatTree, is_scalar, Rest
+from .._tree.text import show
+from .._tree.units import refuse_foreign
 
 
 Func = Callable[..., Any]
@@ -48,6 +50,8 @@ class FlatFunction:
             caller = f"{name}(argnums=...)"
             positions = _find_positions(argnums or 0, len(args), self.states, caller)
             self._inputs += [_Argument(args, position, caller) for position in positions]
+        if transform.unit_aware:
+            refuse_foreign([each.tree for each in self._inputs], f"{name}(unit_aware=True)")
         self.diff: list[Any] = []
         self._spans: list[slice] = []
         for each in self._inputs:
@@ -66,9 +70,11 @@ class FlatFunction:
             if not isinstance(value, tuple | list) or len(value) != 2:
                 raise TypeError(
                     f"`{self.name}(has_aux=True)` needs a `func` that returns a pair `(value, "
-                    f"aux)`. Got {eqx.tree_pformat(value)}."
+                    f"aux)`. Got {show(value)}."
                 )
             value, aux = value
+        if self.transform.unit_aware:
+            refuse_foreign(value, f"{self.name}(unit_aware=True)")
         return split_output(value, aux, self.name)
 
     @property
@@ -117,12 +123,13 @@ class _Argument:
     def __init__(self, args: Sequence[Any], position: int, caller: str):
         self._position = position
         self._flat = flat = FlatTree(args[position])
+        self.tree = flat.tree
         indices = [0] if is_scalar(flat.tree) else flat.differentiable
         if not indices:
             way_out = "`jnp.asarray(x, float)`" if flat.units is None else "`1.0 * x`"
             raise TypeError(
                 f"`{caller}` must name an argument with an inexact array in it, or "
-                f"a float. Got argument {position}: {eqx.tree_pformat(flat.tree)}, in which "
+                f"a float. Got argument {position}: {show(flat.tree)}, in which "
                 f"nothing can be differentiated. Convert numbers by {way_out}."
             )
         split = flat.split(indices)
@@ -155,7 +162,8 @@ class _SelectedLeaves:
                 f"`{caller}` selects leaves of the first positional argument of `func`. "
                 "Got no positional argument."
             )
-        flat = FlatTree(args[0] if self._owner is None else self._owner.tree)
+        self.tree = args[0] if self._owner is None else self._owner.tree
+        flat = FlatTree(self.tree)
         self._selections = []
         by_index = {}  # because several selections may share leaves
         for selector in grad_states.entries:
@@ -254,7 +262,7 @@ def _find_in_wrapper(func: Any) -> _Owner | None:
 
     if not any(map(is_wrapped, jtu.tree_leaves(func, is_leaf=is_wrapped))):
         raise TypeError(
-            f"Leaves of `{type(wrapped).__name__}` cannot be selected inside of {func!r}, "
+            f"Leaves of `{type(wrapped).__name__}` cannot be selected inside of {show(func)}, "
             "which does not hold it as a part of its pytree. Wrap the gradient instead, "
             "say as `eqx.filter_jit(vg.vector_grad(model, ...))`."
         )
@@ -322,7 +330,7 @@ def split_output(value: Any, aux: Any, name: str) -> tuple[tuple[Any, ...], Outp
     if not diff:
         raise TypeError(
             f"`{name}(func=...)` must return an inexact array or a float, or a pytree with "
-            f"one in it. Got {eqx.tree_pformat(value)}, in which nothing can be "
+            f"one in it. Got {show(value)}, in which nothing can be "
             "differentiated."
         )
     split = flat.split([*diff, *arrays])

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
@@ -21,6 +20,7 @@ from .._tree.flat import is_scalar, Rest, split_arrays
 from .._tree.missing import MISSING
 from .._tree.numpy_leaves import is_numpy, remember_types
 from .._tree.state import is_reference
+from .._tree.text import show
 from .callbacks import explain, has_callback, wait
 from .generated import Arrays, make_builder, make_reader
 
@@ -85,11 +85,11 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
     if func is MISSING:
         return ft.partial(jit, donate=donate)
     if not callable(func):
-        raise TypeError(f"`jit(func=...)` must be a callable. Got {func!r}.")
-    if donate not in _DONATED:
+        raise TypeError(f"`jit(func=...)` must be a callable. Got {show(func)}.")
+    if not isinstance(donate, str) or donate not in _DONATED:
         raise ValueError(
             f"`jit(donate=...)` must be one of {', '.join(map(repr, _DONATED))}. Got "
-            f"{donate!r}."
+            f"{show(donate)}."
         )
     return _compile(func, donate)
 
@@ -331,7 +331,7 @@ def _refuse_unhashable(*rests: Rest) -> None:
             except TypeError as error:
                 raise TypeError(
                     "`jit` compiles again for each static value, so each must have a hash. Got "
-                    f"{eqx.tree_pformat(constant)}. Make its class hashable, say by "
+                    f"{show(constant)}. Make its class hashable, say by "
                     "`@dataclasses.dataclass(frozen=True)`, or pass an array."
                 ) from error
 

@@ -13,6 +13,7 @@ import optax
 
 from .._select.selectors import as_selector, select, Selection
 from .._tree.flat import FlatTree
+from .._tree.text import show
 from .fingerprint import Fingerprinted
 
 
@@ -234,5 +235,5 @@ def _check_one(tx: Any, caller: str) -> None:
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
             f"`{caller}` must be an optax transformation, such as `optax.adam(1e-3)`, or a "
-            f"dict from selector to transformation. Got {tx!r}."
+            f"dict from selector to transformation. Got {show(tx)}."
         )

@@ -1,13 +1,16 @@
 """The norms of gradients, by path, and a picture of them."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
 from .._select.selectors import check_names
-from .._tree.flat import FlatTree
+from .._tree.flat import FlatTree, widen
+from .._tree.text import quote, show
 from .._tree.units import attach_unit, split_unit
 
 
@@ -49,22 +52,23 @@ def grad_norms(var_grads: Any) -> dict[str, Any]:
 
 def _norm(grad: Any) -> Any:
     number, unit = split_unit(grad)
-    dtype = jnp.promote_types(jnp.result_type(number), jnp.float32)
+    dtype = widen(jnp.result_type(number))
     return attach_unit(jnp.linalg.norm(jnp.asarray(number, dtype).ravel()), unit)
 
 
-def plot_grad_norms(history: Sequence[Mapping[str, Any]], ax: Any = None) -> Any:
+def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: Any = None) -> Any:
     """Draws norms of gradients as a heat map of path against step, on a log scale.
 
     A layer whose gradients vanish is dark, one whose gradients explode is bright. Norms of
     exactly zero are blue, those that are not finite are red, and steps in which a path was
-    not trained are left blank. It needs matplotlib, which `pip install "vgrad_eqx[plot]"`
-    brings.
+    not trained are left blank. Paths are in natural order, `layers.2` before `layers.10`. It
+    needs matplotlib, which `pip install "vgrad_eqx[plot]"` brings.
 
     **Arguments:**
 
-    - `history`: a list of what [`vgrad_eqx.grad_norms`][] returns, one for each step; or for
-        several steps, with a first axis, as [`vgrad_eqx.train_step`][] stacks them.
+    - `history`: a list, or any iterable, of what [`vgrad_eqx.grad_norms`][] returns, one for
+        each step; or for several steps, with a first axis, as [`vgrad_eqx.train_step`][]
+        stacks them.
     - `ax`: the `matplotlib.axes.Axes` to draw into. Defaults to those of a new figure.
 
     **Returns:**
@@ -74,7 +78,8 @@ def plot_grad_norms(history: Sequence[Mapping[str, Any]], ax: Any = None) -> Any
     **Raises:**
 
     - `ImportError`: without matplotlib.
-    - `ValueError`: if `history` is empty.
+    - `TypeError`: if `history` is no list of dicts of norms.
+    - `ValueError`: if `history` is empty, or a norm is no scalar or vector.
 
     **Example:**
 
@@ -85,8 +90,7 @@ def plot_grad_norms(history: Sequence[Mapping[str, Any]], ax: Any = None) -> Any
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['a', 'b']
     """
-    if not history:
-        raise ValueError("`plot_grad_norms(history=...)` must hold a step. Got none.")
+    history = _parse_history(history)
     try:
         import matplotlib.colors as colors
         import matplotlib.pyplot as plt
@@ -113,9 +117,39 @@ def plot_grad_norms(history: Sequence[Mapping[str, Any]], ax: Any = None) -> Any
     return ax
 
 
+def _parse_history(history: Any) -> list[Mapping[str, Any]]:
+    """The steps, also those of an iterator."""
+    caller = "`plot_grad_norms(history=...)`"
+    is_steps = isinstance(history, Iterable) and not isinstance(history, Mapping | str)
+    steps = list(history) if is_steps else [None]
+    for step in steps:
+        if not isinstance(step, Mapping):
+            given = f"{show(step)} in it" if is_steps else show(history)
+            raise TypeError(
+                f"{caller} must be a list of dicts from path to norm, one for each step, as "
+                f"`vg.grad_norms` gives them. Got {given}. Of a single step, pass `[norms]`."
+            )
+        for path, norm in step.items():
+            number = split_unit(norm)[0]
+            if not eqx.is_array_like(number) or np.ndim(number) > 1:
+                raise ValueError(
+                    f"{caller} must hold a number for each path, or one for each of several "
+                    f"steps. Got {show(norm)} at {quote(str(path))}."
+                )
+    if not steps:
+        raise ValueError(f"{caller} must hold a step. Got none.")
+    return steps
+
+
+def _split_numbers(path: str) -> list[Any]:
+    """A key by which `layers.2` comes before `layers.10`."""
+    parts = re.split(r"([0-9]+)", path)
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
+
+
 def _arrange(history: Sequence[Mapping[str, Any]]) -> tuple[list[str], Any, Any]:
     """The paths, the norm of each at each step, and whether there was one."""
-    paths = list(dict.fromkeys(path for entry in history for path in entry))
+    paths = sorted({path for entry in history for path in entry}, key=_split_numbers)
     columns = []
     for entry in history:
         numbers = {path: np.atleast_1d(split_unit(norm)[0]) for path, norm in entry.items()}

@@ -12,11 +12,11 @@ import optax
 from .._select.selectors import as_selector, select
 from .._select.states import add
 from .._tree.flat import FlatTree, replace_at
-from .._tree.text import near_misses
+from .._tree.text import near_misses, quote, shorten, show
 from .._tree.units import attach_unit, split_unit
 from .fingerprint import Fingerprinted
 from .groups import Groups, make_groups, precompose
-from .unitful import UnitfulState
+from .unitful import naming_leaves_of, UnitfulState
 
 
 class Optimizer(eqx.Module):
@@ -75,7 +75,8 @@ class Optimizer(eqx.Module):
         self.names = chosen.names
         self.groups = make_groups(tx, flat, chosen, "Optimizer(tx=...)")
         params = {name: flat.leaves[i] for i, name in zip(*chosen, strict=True)}
-        self.opt_state = self.groups.init(params)
+        with naming_leaves_of(flat):
+            self.opt_state = self.groups.init(params)
         _check_units(self.groups, self.opt_state, params)
         self.count = jnp.zeros((), jnp.int32)
 
@@ -181,8 +182,8 @@ class Optimizer(eqx.Module):
         if jtu.tree_structure(self.opt_state) != expected:
             raise ValueError(
                 "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
-                f"made for, of {', '.join(f'`{name}`' for name in self.names)}. Got "
-                f"{eqx.tree_pformat(self.opt_state)}. To change what is trained, use "
+                f"made for, of {shorten(list(map(quote, self.names)))}. Got "
+                f"{show(self.opt_state)}. To change what is trained, use "
                 "`reselect`."
             ) from error
 
@@ -221,7 +222,7 @@ def _check_units(groups: Groups, opt_state: Any, params: dict[str, Any]) -> None
             raise TypeError(
                 "`Optimizer(tx=...)` must be made by `vg.unitful(tx, loss_unit=...)` for "
                 f"leaves with units, which optax does not know. Got another one for `{name}`, "
-                f"{leaf!r}."
+                f"{show(leaf)}."
             )
 
 
@@ -237,17 +238,21 @@ def _parse_grads(
             "`eqx.filter_grad` gives them, `vg.states(grads)` is such a dict."
         )
     faults = [
-        *[f"none at `{name}`" for name in params if name not in grads],
-        *[f"one at `{name}`, which is not chosen" for name in grads if name not in params],
+        *[f"none at {quote(name)}" for name in params if name not in grads],
+        *[
+            f"one at {quote(str(name))}, which is not chosen"
+            for name in grads
+            if name not in params
+        ],
     ]
     for name in params:
         if name in grads:
             fault = _find_fault(grads[name], params[name], name in with_units)
-            faults += [] if fault is None else [f"{fault} at `{name}`"]
+            faults += [] if fault is None else [f"{fault} at {quote(name)}"]
     if faults:
         raise ValueError(
             f"`{caller}` must hold a gradient for each chosen leaf, of the shape of the leaf, "
-            f"and no other. Got {'; '.join(faults)}."
+            f"and no other. Got {shorten(faults)}."
         )
     return {name: _conjugate(grads[name]) for name in params}
 
@@ -256,9 +261,9 @@ def _find_fault(grad: Any, param: Any, with_units: bool) -> str | None:
     (number, unit), shape = split_unit(grad), jnp.shape(split_unit(param)[0])
     is_array = eqx.is_array_like(number)
     if not (is_array and jnp.issubdtype(jnp.result_type(number), jnp.inexact)):
-        return eqx.tree_pformat(grad)
+        return show(grad)
     if jnp.shape(number) != shape:
-        return f"{eqx.tree_pformat(grad)} for a leaf of shape {shape}"
+        return f"{show(grad)} for a leaf of shape {shape}"
     if unit is not None and not with_units:
         return f"a gradient in {unit} without `vg.unitful(tx, loss_unit=...)`"
     return None

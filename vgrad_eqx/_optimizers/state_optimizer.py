@@ -14,6 +14,7 @@ from .._select.grad_states import parse_grad_states
 from .._tree.flat import FlatTree
 from .._tree.sharding import spread
 from .._tree.state import State, write
+from .._tree.text import show
 from .._tree.units import split_unit
 from .optimizer import Optimizer
 
@@ -128,7 +129,7 @@ class StateOptimizer(eqx.Module):
         if grad_states is None or not grad_states.by_reference:
             raise TypeError(
                 f"`{caller}` must be a `vg.State` or `jax.Ref`, or a pytree of them. Got "
-                f"{eqx.tree_pformat(self.states)}. For the leaves of a module, use "
+                f"{show(self.states)}. For the leaves of a module, use "
                 "`vg.Optimizer`."
             )
         return StateValues(grad_states, caller)
@@ -139,7 +140,7 @@ class StateOptimizer(eqx.Module):
         except ValueError as error:
             raise ValueError(
                 f"`{caller}` must have the structure of the states, "
-                f"{eqx.tree_pformat(self.states)}. Got {eqx.tree_pformat(grads)}."
+                f"{show(self.states)}. Got {show(grads)}."
             ) from error
 
 

@@ -1,14 +1,19 @@
 """Any optax transformation for parameters with units."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from .._tree.flat import FlatTree
-from .._tree.text import near_misses
+from .._select.glob import compile_glob
+from .._tree.flat import FlatTree, is_any_traced, widen
+from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import (
     attach_unit,
     find_factor,
@@ -49,10 +54,11 @@ def unitful(
 
     - `tx`: the transformation.
     - `loss_unit`: the unit of the loss, such as `brainunit.mvolt**2`. Defaults to none.
-    - `scale`: a dict `{path: scale}`, of what is a typical size of the parameter at that
-        path: a Quantity of its dimension, or a number for one without a unit. Defaults to
-        one of the unit in which the parameter is written, and then the fit does depend on
-        that unit.
+    - `scale`: a dict `{path: scale}`, of what is a typical size of the parameters at that
+        path, which may be a glob: a Quantity of their dimension, or a number for those without
+        a unit. Where several match, that of the very path of the parameter counts. It may
+        name more of the model than is optimized. Defaults to one of the unit in which the
+        parameter is written, and then the fit does depend on that unit.
 
     **Returns:**
 
@@ -64,9 +70,12 @@ def unitful(
 
     **Raises:**
 
-    - `TypeError`: if `loss_unit` is no unit.
-    - `ValueError`: on `init`, for a scale at an unknown path; on `update`, for a gradient or
-        a parameter at a path that was not there on `init`.
+    - `TypeError`: if `tx` is no optax transformation, `loss_unit` no unit, or `scale` no dict
+        of numbers and Quantities.
+    - `ValueError`: for a scale that is not positive, or a malformed glob; on `init`, for a path
+        that matches nothing in the whole model, for two that match one parameter, or for a
+        scale that is neither a number nor of the shape of its parameter; on `update`, for a
+        gradient or a parameter at a path that was not there on `init`.
     - `brainunit.UnitMismatchError`: on `init`, for a scale of another dimension than its
         parameter; on `update`, for a gradient that is not in the unit of the loss over that
         of the parameter, or a parameter whose unit is another one than on `init`.
@@ -84,10 +93,13 @@ def unitful(
         >>> vg.apply_updates(params, updates)["tau"]
         Quantity(25., "ms")
     """
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(
+            "`unitful(tx=...)` must be an optax transformation, such as `optax.adam(1e-3)`. "
+            f"Got {show(tx)}."
+        )
     inner = optax.with_extra_args_support(tx)
-    scaling = _Scaling(
-        parse_unit(loss_unit, "unitful(loss_unit=...)"), dict({} if scale is None else scale)
-    )
+    scaling = _Scaling(parse_unit(loss_unit, "unitful(loss_unit=...)"), _parse_scale(scale))
 
     def init(params: Any) -> Any:
         flat = FlatTree(params)
@@ -95,7 +107,7 @@ def unitful(
             name: split_unit(leaf)[1]
             for name, leaf in zip(flat.names, flat.leaves, strict=True)
         }
-        scaling.check(flat, units)
+        scaling.check(flat)
         inner_state = inner.init(scaling.shrink_params(params, units))
         return UnitfulState(inner_state, _Units(tuple(units.items())))
 
@@ -114,6 +126,46 @@ def unitful(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+# The tree of which an optimizer passes only some leaves to `init`.
+_whole: contextvars.ContextVar[FlatTree | None] = contextvars.ContextVar("whole", default=None)
+
+
+@contextlib.contextmanager
+def naming_leaves_of(flat: FlatTree) -> Iterator[None]:
+    """Within it, a scale may be that of any leaf of this tree."""
+    token = _whole.set(flat)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def _parse_scale(scale: Any) -> dict[str, Any]:
+    caller = "`unitful(scale=...)`"
+    if scale is None:
+        return {}
+    if not isinstance(scale, Mapping):
+        raise TypeError(
+            f"{caller} must be a dict from path to scale, such as `{{'*.tau': 20.0}}`. Got "
+            f"{show(scale)}."
+        )
+    for glob, size in scale.items():
+        if not isinstance(glob, str):
+            raise TypeError(f"{caller} must have paths as keys. Got {show(glob)}.")
+        compile_glob(glob)
+        number = split_unit(size)[0]
+        if not eqx.is_array_like(number) or isinstance(number, bool | complex):
+            raise TypeError(
+                f"{caller} must hold a Quantity or a number for each path. Got {show(size)} "
+                f"at {quote(glob)}."
+            )
+        if not is_any_traced([number]) and not (np.asarray(number, float) > 0).all():
+            raise ValueError(
+                f"{caller} must hold positive sizes. Got {show(size)} at {quote(glob)}."
+            )
+    return dict(scale)
+
+
 class _Scaling:
     """The way from quantities to pure numbers and back. Units are given by path."""
 
@@ -121,15 +173,41 @@ class _Scaling:
         self._loss_unit = loss_unit
         self._scale = scale
 
-    def check(self, flat: FlatTree, units: dict[str, Any]) -> None:
-        for name, scale in self._scale.items():
-            if name not in units:
+    def check(self, flat: FlatTree) -> None:
+        """Checks the scales for these parameters."""
+        whole = _whole.get() or flat
+        names = {*flat.names, *whole.names, *names_without_leaves(flat.tree)}
+        for glob in self._scale:
+            if not any(map(compile_glob(glob).fullmatch, names)):
                 raise ValueError(
                     "`unitful(scale=...)` must name paths of the parameters. Got "
-                    f"`{name}`. {near_misses(name, flat)}"
+                    f"{quote(glob)}. {near_misses(glob, whole)}"
                 )
-            text = f"`unitful(scale=...)` at `{name}` must have the dimension of the parameter."
-            find_factors([units[name], split_unit(scale)[1]], text, ["parameter", "scale"])
+        for name, leaf in zip(flat.names, flat.leaves, strict=True):
+            glob = self._find_glob(name)
+            if glob is None:
+                continue
+            (number, unit), (size, size_unit) = split_unit(leaf), split_unit(self._scale[glob])
+            text = f"`unitful(scale=...)` at {quote(name)} must have the dimension of the "
+            text += "parameter."
+            find_factors([unit, size_unit], text, ["parameter", "scale"])
+            if jnp.shape(size) not in ((), jnp.shape(number)):
+                raise ValueError(
+                    f"`unitful(scale=...)` at {quote(name)} must be a number, or of the shape "
+                    f"of the parameter, {jnp.shape(number)}. Got {show(self._scale[glob])}."
+                )
+
+    def _find_glob(self, name: str) -> str | None:
+        """The key of the scale for a parameter."""
+        if name in self._scale:
+            return name
+        found = [glob for glob in self._scale if compile_glob(glob).fullmatch(name)]
+        if len(found) > 1:
+            raise ValueError(
+                f"`unitful(scale=...)` must give one scale to {quote(name)}. Got two, at "
+                f"{quote(found[0])} and {quote(found[1])}. Name the path itself."
+            )
+        return found[0] if found else None
 
     def shrink_params(self, params: Any, units: dict[str, Any]) -> Any:
         def shrink(name: str, leaf: Any) -> Any:
@@ -187,9 +265,10 @@ class _Scaling:
 
     def _find_scale(self, name: str, unit: Any) -> Any:
         """The scale of a parameter, as a number in the unit of the parameter."""
-        if name not in self._scale:
+        glob = self._find_glob(name)
+        if glob is None:
             return 1.0
-        number, scale_unit = split_unit(self._scale[name])
+        number, scale_unit = split_unit(self._scale[glob])
         factor = find_factor(scale_unit, unit)
         assert factor is not None
         return number * factor
@@ -202,10 +281,10 @@ def _map(func: Callable[[str, Any], Any], tree: Any) -> Any:
 
 def _find_unit(name: str, units: dict[str, Any]) -> Any:
     if name not in units:
-        known = ", ".join(f"`{path}`" for path in units)
         raise ValueError(
             "`unitful(...)` needs gradients and parameters of the structure that the "
-            f"parameters had on `init`. Got one at `{name}`, beside {known}."
+            f"parameters had on `init`. Got one at {quote(name)}, beside "
+            f"{shorten(list(map(quote, units)))}."
         )
     return units[name]
 
@@ -227,12 +306,16 @@ def _explain(name: str, unit: Any, param_unit: Any) -> str:
 
 def _multiply(number: Any, factor: Any) -> Any:
     """The product, in the dtype of the number. Nothing is done for a factor of one."""
-    if isinstance(factor, float) and factor == 1.0:
-        return number
-    return jnp.asarray(number * factor, jnp.result_type(number))
+    return _apply(operator.mul, number, factor)
 
 
 def _divide(number: Any, factor: Any) -> Any:
+    return _apply(operator.truediv, number, factor)
+
+
+def _apply(combine: Callable[[Any, Any], Any], number: Any, factor: Any) -> Any:
     if isinstance(factor, float) and factor == 1.0:
         return number
-    return jnp.asarray(number / factor, jnp.result_type(number))
+    dtype = jnp.result_type(number)
+    wide = widen(dtype)
+    return combine(jnp.asarray(number, wide), jnp.asarray(factor, wide)).astype(dtype)

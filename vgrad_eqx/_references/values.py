@@ -17,6 +17,7 @@ class StateValues:
     """The values of states by reference, which no argument holds."""
 
     in_args = False
+    tree = None  # of the states, which no argument holds
 
     def __init__(self, grad_states: GradStates, caller: str):
         self._grad_states = grad_states

@@ -1,64 +1,103 @@
-"""Globs over dotted paths, turned into regular expressions."""
+"""Globs over dotted paths, turned into regular expressions that take linear time."""
 
 import functools as ft
 import re
+from typing import NoReturn
+
+from .._tree.text import quote
 
 
+# A star, a set of characters, or a character.
 _TOKEN = re.compile(r"\*|\[!?[^\]]+\]|.", re.DOTALL)
-_INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
+_MEMBER = re.compile(r"(.)-(.)|(.)", re.DOTALL)
+_MOST_CHOICES = 1000
+_END = r"(?=\.|\Z)"  # of a segment
 
 
 @ft.lru_cache
 def compile_glob(glob: str) -> re.Pattern[str]:
-    """A regular expression for the names that `glob` matches, and all below them."""
-    choices = "|".join(_translate(choice, glob) for choice in _expand_braces(glob, glob))
-    return re.compile(f"(?:{choices})(?:\\..*)?", re.DOTALL)
+    """A regular expression for `glob` itself, the names that it matches, and all below them.
+
+    What a star or `**` passes over is decided once, by `(?>...)`: what comes after it has a
+    fixed number of characters or segments, so the first place leaves the most for the rest.
+    """
+    choices = [_translate(choice, glob) for choice in _expand_braces(glob)]
+    return re.compile(f"(?:{'|'.join([re.escape(glob), *choices])})(?:\\..*)?", re.DOTALL)
 
 
-def _expand_braces(glob: str, whole: str) -> list[str]:
-    braces = _INNERMOST_BRACES.search(glob)
-    if braces is None:
-        if "{" in glob or "}" in glob:
-            raise ValueError(f"The path {whole!r} has a brace without its partner.")
-        return [glob]
-    before, after = glob[: braces.start()], glob[braces.end() :]
-    return [
-        expanded
-        for choice in braces[1].split(",")
-        for expanded in _expand_braces(before + choice + after, whole)
-    ]
+def _refuse(glob: str, fault: str) -> NoReturn:
+    shown = quote(glob, "'")
+    raise ValueError(
+        f"The path {shown} must be a glob, of `*`, `**`, `[01]`, `[!01]` and `{{a,b}}`. Got "
+        f"one with {fault}. A set such as `[*]`, `[[]` or `[{{]` stands for the character."
+    )
+
+
+def _expand_braces(glob: str) -> list[str]:
+    # For each brace that is open, the choices before the last comma, and those after it.
+    stack: list[tuple[list[str], list[str]]] = [([], [""])]
+    for token in _TOKEN.findall(glob):
+        before, texts = stack[-1]
+        is_inside = len(stack) > 1
+        if token == "{":
+            stack.append(([], [""]))
+        elif token == "}" and is_inside:
+            stack.pop()
+            outer, choices = stack[-1][1], before + texts
+            if len(outer) * len(choices) > _MOST_CHOICES:
+                _refuse(glob, f"braces for more than {_MOST_CHOICES:,} paths")
+            outer[:] = [text + choice for text in outer for choice in choices]
+        elif token == "," and is_inside:
+            stack[-1] = (before + texts, [""])
+        elif token == "}":
+            _refuse(glob, "a `}` without its `{`")
+        else:
+            texts[:] = [text + token for text in texts]
+    if len(stack) > 1:
+        _refuse(glob, "a `{` without its `}`")
+    return stack[0][1]
 
 
 def _translate(glob: str, whole: str) -> str:
-    segments = glob.split(".")
     # What a path names includes everything under it, so a last `**` adds nothing.
-    while len(segments) > 1 and segments[-1] == "**":
-        segments.pop()
-    if segments in ([""], ["**"]):
+    runs: list[list[str]] = [[]]
+    for segment in glob.split("."):
+        if segment == "**":
+            runs.append([])
+        else:
+            runs[-1].append(_translate_segment(segment, whole))
+    first, *others = [r"\.".join(run) for run in runs]
+    if not glob.replace("**", "").replace(".", ""):
         return ".*"
-    *inner, last = segments
-    return "".join(
-        r"(?:.*\.)?" if segment == "**" else _translate_segment(segment, whole) + r"\."
-        for segment in inner
-    ) + _translate_segment(last, whole)
+    found = [rf"(?>(?:[^.]*\.)*?{run}{_END})" for run in others if run]
+    return r"\.".join([first, *found] if first else found)
 
 
 def _translate_segment(segment: str, whole: str) -> str:
     if "**" in segment:
-        raise ValueError(
-            f"In the path {whole!r}, `**` must stand alone between two dots. "
-            "For a part of one segment, write `*`."
-        )
-    return "".join(_translate_token(token, whole) for token in _TOKEN.findall(segment))
+        _refuse(whole, "a `**` that does not stand alone between two dots")
+    parts = [""]
+    for token in _TOKEN.findall(segment):
+        if token == "*":
+            parts.append("")
+        else:
+            parts[-1] += _translate_token(token, whole)
+    first, *others = parts
+    if not others:
+        return first
+    found = "".join(f"(?>[^.]*?{part})" for part in others[:-1] if part)
+    return f"(?>{first}{found}[^.]*{others[-1]}{_END})"
 
 
 def _translate_token(token: str, whole: str) -> str:
-    if token == "*":
-        return r"[^.]*"
     if token == "[":
-        raise ValueError(f"The path {whole!r} has a `[` without its `]`.")
-    if token.startswith("["):
-        negated = token.startswith("[!")
-        members = token[2 if negated else 1 : -1].replace("\\", r"\\").replace("[", r"\[")
-        return f"[{'^.' if negated else ''}{members.replace('^', chr(92) + '^')}]"
-    return re.escape(token)
+        _refuse(whole, "a `[` without its `]`, or an empty set")
+    if len(token) == 1:
+        return re.escape(token)
+    negated = token.startswith("[!") and len(token) > 3
+    members = ""
+    for low, high, single in _MEMBER.findall(token[1 + negated : -1]):
+        if low > high:
+            _refuse(whole, f"a range `{low}-{high}` that is turned around")
+        members += re.escape(single) if single else f"{re.escape(low)}-{re.escape(high)}"
+    return rf"(?!\.)[{'^' if negated else ''}{members}]"

@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 
 from .._tree.flat import name_of
 from .._tree.state import is_reference
+from .._tree.text import show
 from .selectors import as_selector, Selector
 
 
@@ -44,7 +45,7 @@ def parse_grad_states(grad_states: Any, caller: str) -> GradStates | None:
     if others:
         raise TypeError(
             f"`{caller}` must be states by reference or selectors, and not both. Got "
-            f"{eqx.tree_pformat(others[0])} among the states. For the states in a module, "
+            f"{show(others[0])} among the states. For the states in a module, "
             "pass `vg.states(module)`."
         )
     return GradStates.of(grad_states, by_reference=True)
@@ -54,7 +55,7 @@ def _parse_selectors(grad_states: Any, caller: str) -> Any:
     """A selector, or the container of selectors that the user gave."""
     if isinstance(grad_states, list | tuple | dict) and not jtu.tree_leaves(grad_states):
         raise ValueError(
-            f"`{caller}` must name at least one selector. Got {grad_states!r}. "
+            f"`{caller}` must name at least one selector. Got {show(grad_states)}. "
             "To differentiate arguments alone, leave `grad_states` out."
         )
     if _is_group(grad_states):

@@ -1,8 +1,10 @@
 """Selectors: how to say which leaves of a pytree are meant, and finding these leaves."""
 
 import abc
+import copy
 import dataclasses
 import functools as ft
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +13,10 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from .._tree.flat import FlatTree
+from .._tree.flat import FlatTree, replace_at
 from .._tree.numpy_leaves import as_given
 from .._tree.state import find_states
-from .._tree.text import names_without_leaves, near_misses, shorten
+from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import split_unit
 from .glob import compile_glob
 
@@ -27,44 +29,34 @@ class Selector(abc.ABC):
         """One bool for each leaf; it may be true for leaves that are never trained."""
 
     def __and__(self, other: Any) -> "Selector":
-        return _Combined(operator.and_, self, as_selector(other))
+        return _Combined(operator.and_, (self, as_selector(other)))
 
     def __rand__(self, other: Any) -> "Selector":
-        return _Combined(operator.and_, as_selector(other), self)
+        return _Combined(operator.and_, (as_selector(other), self))
 
     def __or__(self, other: Any) -> "Selector":
-        return _Combined(operator.or_, self, as_selector(other))
+        return _Combined(operator.or_, (self, as_selector(other)))
 
     def __ror__(self, other: Any) -> "Selector":
-        return _Combined(operator.or_, as_selector(other), self)
+        return _Combined(operator.or_, (as_selector(other), self))
 
     def __invert__(self) -> "Selector":
-        return _Inverted(self)
+        return _Combined(operator.not_, (self,))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Combined(Selector):
-    combine: Callable[[bool, bool], bool]
-    left: Selector
-    right: Selector
+    combine: Callable[..., bool]
+    selectors: tuple[Selector, ...]
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        return list(map(self.combine, self.left.mask(flat), self.right.mask(flat)))
+        return list(map(self.combine, *[each.mask(flat) for each in self.selectors]))
 
     def __repr__(self) -> str:
-        symbol = "&" if self.combine is operator.and_ else "|"
-        return f"({self.left!r} {symbol} {self.right!r})"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inverted(Selector):
-    selector: Selector
-
-    def mask(self, flat: FlatTree) -> Sequence[bool]:
-        return list(map(operator.not_, self.selector.mask(flat)))
-
-    def __repr__(self) -> str:
-        return f"~{self.selector!r}"
+        if self.combine is operator.not_:
+            return f"~{self.selectors[0]!r}"
+        symbol = " & " if self.combine is operator.and_ else " | "
+        return f"({symbol.join(map(repr, self.selectors))})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +70,9 @@ class Path(Selector):
         matches = compile_glob(self.glob).fullmatch
         mask = [matches(name) is not None for name in flat.names]
         if not any(mask) and not any(map(matches, names_without_leaves(flat.tree))):
+            glob = quote(self.glob, "'")
             raise ValueError(
-                f"The path {self.glob!r} matches nothing in the "
+                f"The path {glob} matches nothing in the "
                 f"`{type(flat.tree).__name__}`. {near_misses(self.glob, flat)}"
             )
         return mask
@@ -96,21 +89,16 @@ class Instance(Selector):
         return isinstance(node, self.node_type)
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        nodes = jtu.tree_leaves(as_given(flat).tree, is_leaf=self._is_instance)
-        return [
-            self._is_instance(node) for node in nodes for _ in range(len(FlatTree(node).leaves))
-        ]
+        leaves, mask = iter(as_given(flat.leaves)), []
+        for node in jtu.tree_leaves(flat.tree, is_leaf=self._is_instance):
+            inside = list(itertools.islice(leaves, len(FlatTree(node).leaves)))
+            is_inside = self._is_instance(inside[0] if jtu.all_leaves([node]) else node)
+            mask += [is_inside] * len(inside)
+        return mask
 
     def __repr__(self) -> str:
         types = self.node_type if isinstance(self.node_type, tuple) else (self.node_type,)
         return f"instance({' | '.join(node_type.__name__ for node_type in types)})"
-
-
-class _Marker:
-    """Stands in the place of a leaf while `at` looks for it."""
-
-    def __init__(self, index: int):
-        self.index = index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,20 +106,26 @@ class At(Selector):
     where: Callable[[Any], Any]
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        marked = flat.unflatten([_Marker(i) for i in range(len(flat.leaves))])
-        mask = [False] * len(flat.leaves)
-        for leaf in jtu.tree_leaves(self.where(marked)):
-            if not isinstance(leaf, _Marker):
+        leaves, tree = flat.leaves, flat.tree
+        # A leaf is found by its identity, which one that is at two places does not have.
+        if len(set(map(id, leaves))) < len(leaves):
+            places = [*flat.differentiable, *find_states(leaves)]
+            twins = [copy.copy(leaves[i]) for i in places]
+            tree = flat.unflatten(replace_at(leaves, places, twins))
+            leaves = FlatTree(tree).leaves
+        found, known = FlatTree(self.where(tree)).leaves, set(map(id, leaves))
+        for leaf in found:
+            if id(leaf) not in known:
                 raise TypeError(
                     "`at(where)` must return a node of the tree, or a tuple of nodes, as "
-                    f"in `equinox.tree_at`. Got {leaf!r}, which is no leaf of the "
+                    f"in `equinox.tree_at`. Got {show(leaf)}, which is no leaf of the "
                     f"`{type(flat.tree).__name__}`."
                 )
-            mask[leaf.index] = True
-        return mask
+        chosen = set(map(id, found))
+        return [id(leaf) in chosen for leaf in leaves]
 
     def __repr__(self) -> str:
-        return f"at({getattr(self.where, '__name__', self.where)})"
+        return f"at({show(self.where).strip('`')})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +133,23 @@ class Leaf(Selector):
     predicate: Callable[[Any], Any]
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        mask, leaves = [False] * len(flat.leaves), as_given(flat).leaves
+        mask, leaves = [False] * len(flat.leaves), as_given(flat.leaves)
         for i in flat.differentiable:
-            mask[i] = bool(self.predicate(leaves[i]))
+            mask[i] = _ask(self.predicate, leaves[i])
         return mask
 
     def __repr__(self) -> str:
-        return f"leaf({getattr(self.predicate, '__name__', self.predicate)})"
+        return f"leaf({show(self.predicate).strip('`')})"
+
+
+def _ask(predicate: Callable[[Any], Any], leaf: Any) -> bool:
+    answer = predicate(leaf)
+    if isinstance(answer, bool | np.bool_) or (eqx.is_array(answer) and answer.shape == ()):
+        return bool(answer)
+    raise TypeError(
+        "The predicate of a selector must return True or False for a leaf. Got "
+        f"{show(answer)} for {show(leaf)}. For a test of all elements, use `.all()`."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,33 +169,30 @@ class _Spec(Selector):
     entries: tuple[bool | Callable[[Any], Any], ...]
     structure: Any
 
-    @classmethod
-    def of(cls, filter_spec: Any) -> "_Spec":
-        entries, structure = jtu.tree_flatten(filter_spec)
-        return cls(tuple(entries), structure)
-
     def mask(self, flat: FlatTree) -> Sequence[bool]:
-        filter_spec = jtu.tree_unflatten(self.structure, self.entries)
-        parts: list[tuple[Any, Any]] = []
-        if any(map(callable, self.entries)):
-            flat = as_given(flat)
         try:
-            jtu.tree_map(lambda *part: parts.append(part), filter_spec, flat.tree)
+            # Users' classes are not rebuilt with bools in them, because they may check them.
+            subtrees = self.structure.flatten_up_to(flat.tree)
         except ValueError as error:
             raise ValueError(
-                "A filter spec must have the structure of the tree that it selects from, "
-                "or of its first levels. Got "
-                f"{eqx.tree_pformat(filter_spec)} for the tree "
-                f"{eqx.tree_pformat(flat.tree)}."
+                "A filter spec must have the structure of the tree that it selects from, or of "
+                f"its first levels. Got {self!r} for {show(flat.tree)}. Make it of that tree, "
+                "by `jax.tree.map`."
             ) from error
+        leaves = flat.leaves
+        if any(map(callable, self.entries)):
+            leaves = as_given(leaves)
+        sizes = [len(FlatTree(subtree).leaves) for subtree in subtrees]
+        entries = [e for e, size in zip(self.entries, sizes, strict=True) for _ in range(size)]
         return [
-            bool(entry(split_unit(leaf)[0])) if callable(entry) else bool(entry)
-            for entry, subtree in parts
-            for leaf in FlatTree(subtree).leaves
+            _ask(entry, split_unit(leaf)[0]) if callable(entry) else bool(entry)
+            for entry, leaf in zip(entries, leaves, strict=True)
         ]
 
     def __repr__(self) -> str:
-        return eqx.tree_pformat(jtu.tree_unflatten(self.structure, self.entries))
+        if len(self.entries) == 1 and jtu.treedef_is_leaf(self.structure):
+            return show(self.entries[0])
+        return f"a filter spec of {len(self.entries)} entries"
 
 
 def as_selector(selector: Any) -> Selector:
@@ -200,24 +201,31 @@ def as_selector(selector: Any) -> Selector:
         return selector
     if isinstance(selector, str):
         return Path(selector)
-    spec = _Spec.of(selector)
-    if not spec.entries or not all(map(_is_entry, spec.entries)):
-        given = eqx.tree_pformat(selector)
-        if any(map(eqx.is_array, spec.entries)):
-            given += ". It says which leaves are meant, and does not hold them: pass the "
-            given += "tree itself as an argument of the function"
-        elif isinstance(selector, int):
-            given += ". To differentiate an argument, use `argnums`"
-        raise TypeError(
-            "A selector must be a path such as 'layers.*.weight', one of `path(...)`, "
-            "`instance(...)`, `at(...)` and `leaf(...)`, `True` for all inexact arrays, or "
-            f"another Equinox filter spec, of bools and predicates. Got {given}."
+    entries, structure = jtu.tree_flatten(selector)
+    if entries and all(map(_is_entry, entries)):
+        return _Spec(tuple(entries), structure)
+    hint = ""
+    if any(map(eqx.is_array, entries)):
+        hint = (
+            " It says which leaves are meant, and does not hold them: pass the tree itself as "
+            "an argument of the function."
         )
-    return spec
+    elif type(selector).__module__.startswith("brainstate"):
+        hint = " For one of brainstate, make a `vg.State` of its `value`."
+    elif isinstance(selector, int):
+        hint = " To differentiate an argument, use `argnums`."
+    elif any(isinstance(entry, type) for entry in entries):
+        hint = " For what is under the nodes of a type, use `vg.instance(...)`."
+    raise TypeError(
+        "A selector must be a path such as 'layers.*.weight', one of `path(...)`, "
+        "`instance(...)`, `at(...)` and `leaf(...)`, `True` for all inexact arrays, or "
+        f"another Equinox filter spec, of bools and predicates. Got {show(selector)}.{hint}"
+    )
 
 
 def _is_entry(entry: Any) -> bool:
-    return callable(entry) or isinstance(entry, bool | np.bool_)
+    is_predicate = callable(entry) and not isinstance(entry, type)
+    return is_predicate or isinstance(entry, bool | np.bool_)
 
 
 def path(*globs: str) -> Selector:
@@ -257,7 +265,7 @@ def path(*globs: str) -> Selector:
     for glob in globs:
         if not isinstance(glob, str):
             raise TypeError(
-                f"`path(*globs)` takes strings such as 'layers.*.weight'. Got {glob!r}."
+                f"`path(*globs)` takes strings such as 'layers.*.weight'. Got {show(glob)}."
             )
     if not globs:
         raise TypeError("`path(*globs)` needs at least one string. Got none.")
@@ -290,7 +298,7 @@ def instance(node_type: type | tuple[type, ...]) -> Selector:
     types = node_type if isinstance(node_type, tuple) else (node_type,)
     if not types or not all(isinstance(each, type) for each in types):
         raise TypeError(
-            f"`instance(node_type)` takes a class or a tuple of classes. Got {node_type!r}."
+            f"`instance(node_type)` takes a class or a tuple of classes. Got {show(node_type)}."
         )
     return Instance(node_type)
 
@@ -320,10 +328,10 @@ def at(where: Callable[[Any], Any]) -> Selector:
         >>> list(vg.states(mlp, vg.at(lambda mlp: mlp.layers[-1])))
         ['layers.2.bias', 'layers.2.weight']
     """
-    if not callable(where):
+    if not callable(where) or isinstance(where, type):
         raise TypeError(
             "`at(where)` takes a function of the tree, such as "
-            f"`lambda model: model.layers[0]`. Got {where!r}."
+            f"`lambda model: model.layers[0]`. Got {show(where)}."
         )
     return At(where)
 
@@ -353,10 +361,10 @@ def leaf(predicate: Callable[[Any], Any]) -> Selector:
         >>> list(vg.states(mlp, vg.leaf(lambda leaf: leaf.ndim == 2)))
         ['layers.0.weight', 'layers.1.weight']
     """
-    if not callable(predicate):
+    if not callable(predicate) or isinstance(predicate, type):
         raise TypeError(
             "`leaf(predicate)` takes a function of an array, such as "
-            f"`lambda leaf: leaf.ndim == 2`. Got {predicate!r}."
+            f"`lambda leaf: leaf.ndim == 2`. Got {show(predicate)}."
         )
     return Leaf(predicate)
 
@@ -375,10 +383,9 @@ class Selection(NamedTuple):
 
 def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     """Chooses among the differentiable leaves of `flat`."""
-    candidates = flat.differentiable
-    check_names(flat, candidates)
+    check_names(flat, flat.differentiable)
     mask = selector.mask(flat)
-    indices = [i for i in candidates if mask[i]]
+    indices = [i for i in flat.differentiable if mask[i]]
     if not indices:
         raise ValueError(
             f"`{caller}` must select inexact arrays. Got {selector!r}, which selects "
@@ -391,10 +398,8 @@ def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
 def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     """Chooses among the differentiable leaves of `flat`, or else its states by reference."""
     states = find_states(flat.leaves)
-    if not states:
-        return select(flat, selector, caller)
     check_names(flat, [*flat.differentiable, *states])
-    mask = selector.mask(flat)
+    mask = selector.mask(flat) if states else ()
     chosen = [i for i in states if mask[i]]
     if not chosen:
         return select(flat, selector, caller)
@@ -402,9 +407,9 @@ def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     if arrays:
         raise ValueError(
             f"`{caller}` must select arrays or states by reference, and not both. Got "
-            f"{selector!r}, which selects the array `{arrays[0]}` and the state "
-            f"`{flat.names[chosen[0]]}`. Select states by `vg.instance(vg.State)`, and arrays "
-            "by `~vg.instance(vg.State)`."
+            f"{selector!r}, which selects the array {quote(arrays[0])} and the state "
+            f"{quote(flat.names[chosen[0]])}. Select states by `vg.instance(vg.State)`, and "
+            "arrays by `~vg.instance(vg.State)`."
         )
     return Selection.of(flat, chosen)
 
@@ -417,25 +422,26 @@ def check_names(flat: FlatTree, indices: Sequence[int]) -> None:
         twice = max(names, key=names.count)
         both = [jtu.keystr(flat.key_paths[i]) for i in indices if all_names[i] == twice]
         raise ValueError(
-            f"Two leaves share the dotted path `{twice}`: `{'` and `'.join(both)}`. "
+            f"Two leaves share the dotted path {quote(twice)}: "
+            f"{' and '.join(map(quote, both[:2]))}. "
             "Gradients are named by that path, so rename one of the keys."
         )
 
 
 def _describe_chosen(flat: FlatTree, mask: Any) -> str:
     chosen = [
-        f"`{name}` ({eqx.tree_pformat(leaf)})"
+        f"{quote(name)} ({show(leaf)})"
         for name, leaf, is_chosen in zip(flat.names, flat.leaves, mask, strict=True)
         if is_chosen
     ]
-    return shorten(chosen) or "nothing"
+    return shorten(chosen, 3) or "nothing"
 
 
 def _describe_choice(flat: FlatTree) -> str:
-    names = [f"`{flat.names[i]}`" for i in flat.differentiable]
-    empty = [f"`{name}`" for name in names_without_leaves(flat.tree)]
-    choice = f"Its inexact arrays are {shorten(names)}." if names else "It has none."
-    return f"{choice} There is nothing at {shorten(empty)}." if empty else choice
+    names = [quote(flat.names[i]) for i in flat.differentiable]
+    empty = list(map(quote, names_without_leaves(flat.tree)))
+    choice = f"Its inexact arrays are {shorten(names, 3)}." if names else "It has none."
+    return f"{choice} There is nothing at {shorten(empty, 3)}." if empty else choice
 
 
 def _describe_states(flat: FlatTree, mask: Any) -> str:

@@ -5,10 +5,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 
-from .._tree.flat import FlatTree
+from .._tree.flat import FlatTree, widen
 from .._tree.state import find_states
-from .._tree.text import near_misses
+from .._tree.text import near_misses, quote, show
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
 from .selectors import as_selector, select, select_any
 
@@ -98,6 +99,7 @@ def apply_updates(tree: Any, updates: Any) -> Any:
     - `tree`: any pytree.
     - `updates`: a dict `{path: update}`, each update of the shape of its leaf. A Quantity is
         converted to the unit of its leaf. Leaves without an update stay as they are.
+        The sum is taken in float32 at least, also of bfloat16 and float8.
 
     **Returns:**
 
@@ -134,8 +136,8 @@ def _merge(
 ) -> Any:
     if not isinstance(values, Mapping):
         raise TypeError(
-            f"`{caller}` must be a dict from dotted path to array. "
-            f"Got {eqx.tree_pformat(values)}."
+            f"`{caller}` must be a dict from dotted path to array. Got {show(values)}. "
+            "`vg.states(tree)` makes such a dict of a pytree."
         )
     if not values:
         return tree
@@ -145,7 +147,7 @@ def _merge(
     if by_reference:
         raise ValueError(
             f"`{caller}` must name inexact arrays of the `{type(tree).__name__}`. Got "
-            f"`{by_reference[0]}`, a state by reference. Set its `value` instead."
+            f"{quote(by_reference[0])}, a state by reference. Set its `value` instead."
         )
     indices, names = select(flat, as_selector(True), caller)
     positions = dict(zip(names, indices, strict=True))
@@ -154,10 +156,10 @@ def _merge(
         if name not in positions:
             raise ValueError(
                 f"`{caller}` must name inexact arrays of the `{type(tree).__name__}`. Got "
-                f"`{name}`. {near_misses(str(name), flat)}"
+                f"{quote(str(name))}. {near_misses(str(name), flat)}"
             )
         i = positions[name]
-        merged[i] = merge_leaf(merged[i], value, f"`{caller}` at `{name}`")
+        merged[i] = merge_leaf(merged[i], value, f"`{caller}` at {quote(name)}")
     return flat.unflatten(merged)
 
 
@@ -165,13 +167,13 @@ def _replace(leaf: Any, value: Any, where: str) -> Any:
     old, unit = split_unit(leaf)
     new, new_unit = split_unit(value)
     if not eqx.is_array_like(new) or not (hasattr(new, "dtype") or new_unit is not None):
-        raise ValueError(f"{where} must be an array. Got {eqx.tree_pformat(value)}.")
+        raise ValueError(f"{where} must be an array. Got {show(value)}.")
     new = _convert(new, new_unit, unit, where)
     # `result_type`, because without x64 a NumPy leaf of float64 is float32 to JAX.
     if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(old):
         raise ValueError(
             f"{where} must have the shape and dtype of the leaf, "
-            f"{eqx.tree_pformat(leaf)}. Got {eqx.tree_pformat(value)}."
+            f"{show(leaf)}. Got {show(value)}."
         )
     return attach_unit(new, unit)
 
@@ -184,19 +186,21 @@ def add(leaf: Any, update: Any, where: str) -> Any:
     new, new_unit = split_unit(update)
     dtype = jnp.result_type(new) if eqx.is_array_like(new) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(f"{where} must be an inexact array. Got {eqx.tree_pformat(update)}.")
+        raise ValueError(f"{where} must be an inexact array. Got {show(update)}.")
     if jnp.shape(new) != jnp.shape(old):
         raise ValueError(
-            f"{where} must have the shape of the leaf, {eqx.tree_pformat(leaf)}. "
-            f"Got {eqx.tree_pformat(update)}."
+            f"{where} must have the shape of the leaf, {show(leaf)}. Got {show(update)}."
         )
     if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old):
         raise ValueError(
-            f"{where} must be real, as the leaf {eqx.tree_pformat(leaf)} is. "
-            f"Got {eqx.tree_pformat(update)}."
+            f"{where} must be real, as the leaf {show(leaf)} is. Got {show(update)}."
         )
     new = _convert(new, new_unit, unit, where)
-    return attach_unit(jnp.asarray(old + new, jnp.result_type(old)), unit)
+    # Both in one dtype, because JAX promotes no float8, and nothing at all if it is strict.
+    dtype, old_dtype = widen(dtype), jnp.result_type(old)
+    dtype = np.promote_types(dtype, widen(old_dtype))
+    total = jnp.asarray(old, dtype) + jnp.asarray(new, dtype)
+    return attach_unit(total.astype(old_dtype), unit)
 
 
 def _convert(number: Any, unit: Any, to: Any, where: str) -> Any:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
+from .._tree.flat import widen
+from .._tree.text import show
 from .._tree.units import attach_unit, split_unit
 
 
@@ -45,7 +46,10 @@ def accumulate(
         result = differentiate(nn_state, *xs)
         pairs = list(map(split_unit, result.grads))
         units[:] = [unit for _, unit in pairs]
-        sums = [total + number for total, (number, _) in zip(sums, pairs, strict=True)]
+        sums = [
+            total + number.astype(total.dtype)
+            for total, (number, _) in zip(sums, pairs, strict=True)
+        ]
         return (sums, result.nn_state), (result.value, result.aux)
 
     zeros = [_make_zeros(split_unit(param)[0]) for param in params]
@@ -61,8 +65,7 @@ def accumulate(
 
 def _make_zeros(number: Any) -> Any:
     """Zeros to add gradients to, which would lose digits in less than float32."""
-    dtype = jnp.promote_types(jnp.result_type(number), jnp.float32)
-    return jnp.zeros(jnp.shape(number), dtype)
+    return jnp.zeros(jnp.shape(number), widen(jnp.result_type(number)))
 
 
 def check_leading_axis(batch: Any, length: int, option: str) -> None:
@@ -70,6 +73,6 @@ def check_leading_axis(batch: Any, length: int, option: str) -> None:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != length:
             raise ValueError(
                 f"`train_step({option}={length})` takes a batch in which the first axis of "
-                f"each array has the length {length}. Got {eqx.tree_pformat(leaf)}. Reshape "
+                f"each array has the length {length}. Got {show(leaf)}. Reshape "
                 "it, or stack the batches by `jnp.stack`."
             )

@@ -12,6 +12,7 @@ import numpy as np
 from .._optimizers.optimizer import Optimizer
 from .._select.selectors import Indices
 from .._tree.flat import FlatTree
+from .._tree.text import show
 from .._tree.units import split_unit
 from .accumulation import accumulate, Result
 from .flat_step import FlatStep, list_kinds, Metrics, name_key, Options, strip_key
@@ -136,7 +137,7 @@ class ModuleStep(FlatStep):
             raise TypeError(
                 "`train_step(func=...)` must return the next `equinox.nn.State`, as "
                 f"`{wanted}`, because the state was made by `init(..., nn_state=...)`. Got "
-                f"{eqx.tree_pformat(rest[0])} beside the value."
+                f"{show(rest[0])} beside the value."
             )
         return aux, nn_state
 

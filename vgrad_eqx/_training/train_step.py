@@ -5,7 +5,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
@@ -17,6 +16,7 @@ from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
+from .._tree.text import check_flag, show
 from .flat_step import Metrics, Options
 from .module_step import ModuleStep
 from .state_step import StateStep, UnknownStates
@@ -152,7 +152,7 @@ class TrainStep:
         if not isinstance(state, TrainState):
             raise TypeError(
                 "A training step takes the `TrainState` of `init`, and then the batch: "
-                f"`state, metrics = step(state, *batch)`. Got {eqx.tree_pformat(state)}."
+                f"`state, metrics = step(state, *batch)`. Got {show(state)}."
             )
         if state.run.owner is not self:
             raise ValueError(
@@ -177,7 +177,7 @@ class StateTrainStep(TrainStep):
         if model is not None or nn_state is not None:
             raise TypeError(
                 "`train_step(grad_states=...)` names states by reference, so `init` takes "
-                f"no module. Got {eqx.tree_pformat(nn_state if model is None else model)}. "
+                f"no module. Got {show(nn_state if model is None else model)}. "
                 "Let `func` close over it."
             )
         states = self._grad_states.unflatten(self._grad_states.entries)
@@ -186,8 +186,8 @@ class StateTrainStep(TrainStep):
         elif not isinstance(optimizer, StateOptimizer) or not _is_same(optimizer, states):
             raise ValueError(
                 "`init(optimizer=...)` must be a `vg.StateOptimizer` of the states that "
-                f"`grad_states` names, {eqx.tree_pformat(states)}. Got "
-                f"{eqx.tree_pformat(getattr(optimizer, 'states', optimizer))}."
+                f"`grad_states` names, {show(states)}. Got "
+                f"{show(getattr(optimizer, 'states', optimizer))}."
             )
         flat_step = StateStep(self, self._options, optimizer, key)
         lineage = Lineage()
@@ -299,13 +299,16 @@ def train_step(
         True
     """
     if not callable(func):
-        raise TypeError(f"`train_step(func=...)` must be a callable. Got {func!r}.")
+        raise TypeError(f"`train_step(func=...)` must be a callable. Got {show(func)}.")
     check_tx(tx, "train_step(tx=...)")
     for name, number in {"steps_per_call": steps_per_call, "accumulate": accumulate}.items():
         if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"`train_step({name}=...)` must be an int. Got {number!r}.")
+            raise TypeError(f"`train_step({name}=...)` must be an int. Got {show(number)}.")
         if number < 1:
             raise ValueError(f"`train_step({name}=...)` must be at least 1. Got {number}.")
+    flags = {"has_aux": has_aux, "check_states": check_states, "packed": packed}
+    for name, flag in (flags | {"grad_norms": grad_norms}).items():
+        check_flag(flag, f"train_step({name}=...)")
     parsed = parse_grad_states(grad_states, "train_step(grad_states=...)")
     if parsed is None:
         raise TypeError(

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import equinox as eqx
 import jax.core
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .units import attach_unit, make_quantity_test, split_units
@@ -26,6 +27,8 @@ class FlatTree:
         self.tree = tree
         # Looked up here, so that a call enters the module of units only where there are any.
         self._is_leaf = is_leaf = make_quantity_test() if "saiunit" in sys.modules else None
+        if type(tree) in _CONTAINERS:
+            _refuse_endless(tree)
         self.leaves, self.structure = jtu.tree_flatten(tree, is_leaf=is_leaf)
         self.numbers, self.units = self.leaves, None
         if is_leaf is not None and any(map(is_leaf, self.leaves)):
@@ -60,6 +63,26 @@ class FlatTree:
         units = None if self.units is None else [self.units[i] for i in indices]
         rest = Rest(self.structure, constants, indices, units)
         return Split([self.numbers[i] for i in indices], rest)
+
+
+_CONTAINERS = (list, tuple, dict)
+_DEEPEST = 400
+
+
+def _refuse_endless(tree: Any) -> None:
+    """Refuses a container that holds itself, after which JAX (0.12) breaks the interpreter."""
+    level: Any = [tree]
+    for _ in range(_DEEPEST):
+        children = [
+            x for node in level for x in (node.values() if type(node) is dict else node)
+        ]
+        level = {id(x): x for x in children if type(x) in _CONTAINERS}.values()
+        if not level:
+            return
+    raise ValueError(
+        f"A pytree must not hold itself, or be nested more than {_DEEPEST} deep. Got such a "
+        f"`{type(tree).__name__}`."
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -140,6 +163,11 @@ def is_any_traced(leaves: Sequence[Any]) -> bool:
 def is_scalar(leaf: Any) -> bool:
     """Whether `leaf` is a Python number that JAX differentiates."""
     return isinstance(leaf, float | complex)
+
+
+def widen(dtype: Any) -> Any:
+    """The dtype to add and average in, which is float32 for smaller ones."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
 name_of = ft.partial(jtu.keystr, simple=True, separator=".")

@@ -7,8 +7,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .flat import FlatTree
-
 
 class _NumPyLeaf(np.ndarray):
     """What a predicate sees of a NumPy array that is traced: all but its values."""
@@ -59,15 +57,13 @@ def is_numpy(array_type: type) -> bool:
     return issubclass(array_type, np.ndarray | np.generic)
 
 
-def as_given(flat: FlatTree) -> FlatTree:
-    """The pytree for a predicate, with NumPy arrays where there were some before tracing."""
-    if _traced.arrays is None:
-        return flat
+def as_given(leaves: Sequence[Any]) -> list[Any]:
+    """The leaves for a predicate, with NumPy arrays where there were some before tracing."""
+    arrays = _traced.arrays
+    if arrays is None:
+        return list(leaves)
     _traced.is_asked = True
-    if not any(id(leaf) in _traced.arrays for leaf in flat.leaves):
-        return flat
-    leaves = [_stand_in(leaf) if id(leaf) in _traced.arrays else leaf for leaf in flat.leaves]
-    return FlatTree(flat.unflatten(leaves))
+    return [_stand_in(leaf) if id(leaf) in arrays else leaf for leaf in leaves]
 
 
 def _stand_in(tracer: Any) -> np.ndarray:

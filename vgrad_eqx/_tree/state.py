@@ -15,6 +15,7 @@ import numpy as np
 
 from .cache import is_equal
 from .flat import FlatTree, Split
+from .text import show
 from .units import split_unit
 
 
@@ -74,11 +75,9 @@ class State:
         flat = FlatTree(value)
         arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
         if not arrays.diff:
-            raise TypeError(
-                f"`State(value=...)` must hold an array. Got {eqx.tree_pformat(value)}."
-            )
+            raise TypeError(f"`State(value=...)` must hold an array. Got {show(value)}.")
         if name is not None and not isinstance(name, str):
-            raise TypeError(f"`State(name=...)` must be a string. Got {name!r}.")
+            raise TypeError(f"`State(name=...)` must be a string. Got {show(name)}.")
         # The value, with a reference in the place of each array.
         self.content = Split(list(map(_make_ref, arrays.diff)), arrays.rest)
         self.name = name
@@ -98,7 +97,7 @@ class State:
         if arrays is None:
             raise ValueError(
                 f"The value of {self!r} must keep its structure, shapes and dtypes, "
-                f"{self._describe()}. Got {eqx.tree_pformat(value)}. Make another state for "
+                f"{self._describe()}. Got {show(value)}. Make another state for "
                 "it."
             )
         written = []

@@ -1,4 +1,4 @@
-"""Parts of error messages."""
+"""Parts of error messages, and the errors that many functions share."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,8 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from .flat import FlatTree, name_of
+
+
+_MOST_LEAVES = 16
+_MOST_CHARACTERS = 100
+_MOST_COMPARED = 2000
 
 
 def shorten(texts: Sequence[str], most: int = 5) -> str:
@@ -18,10 +24,37 @@ def shorten(texts: Sequence[str], most: int = 5) -> str:
     return ", ".join([*texts[:most], *more])
 
 
+def show(value: Any) -> str:
+    """A value as it is named in an error, on one line: what is long by its class alone."""
+    kind = f"a `{type(value).__name__}`"
+    name = getattr(value, "__name__", None)
+    if isinstance(name, str) and callable(value):
+        return f"`{name}`"
+    try:
+        if len(jtu.tree_leaves(value)) > _MOST_LEAVES:
+            return kind
+        text = " ".join(eqx.tree_pformat(value, width=10_000).split())
+    except Exception:  # of a class of the user
+        return kind
+    return kind if len(text) > _MOST_CHARACTERS or " at 0x" in text else text
+
+
+def quote(name: str, mark: str = "`") -> str:
+    """A name between two marks, of which the middle is left out if it is long."""
+    shown = name if len(name) <= 60 else f"{name[:30]}...{name[-27:]}"
+    return f"{mark}{shown}{mark}"
+
+
+def check_flag(flag: Any, caller: str) -> None:
+    """Refuses what is no bool, such as an argument at the wrong position."""
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(f"`{caller}` must be True or False. Got {show(flag)}.")
+
+
 def name_shapes(arrays: Sequence[Any]) -> str:
     """The dtypes and shapes of arrays, to be read."""
     shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
-    return ", ".join(eqx.tree_pformat(shape, struct_as_array=True) for shape in shapes)
+    return shorten([eqx.tree_pformat(shape, struct_as_array=True) for shape in shapes])
 
 
 def names_without_leaves(tree: Any) -> list[str]:
@@ -31,17 +64,20 @@ def names_without_leaves(tree: Any) -> list[str]:
 
 
 def near_misses(text: str, flat: FlatTree) -> str:
-    """A sentence with the paths that are spelled most like `text`, which may be a node's."""
+    """A sentence with the paths that are spelled most like `text`, or what is at that path."""
     if text in flat.names:
-        leaf = flat.leaves[flat.names.index(text)]
-        return f"There is {eqx.tree_pformat(leaf)} at that path."
+        return f"There is {show(flat.leaves[flat.names.index(text)])} at that path."
+    if text in names_without_leaves(flat.tree):
+        return "There is None, or an empty node, at that path."
     below = [name for name in flat.names if name.startswith(f"{text}.")]
     if below:
-        return f"It is a node with the leaves {shorten([f'`{name}`' for name in below])}."
+        return f"It is a node with the leaves {shorten(list(map(quote, below)), 3)}."
     names = dict.fromkeys(
-        name_of(key_path[: i + 1]) for key_path in flat.key_paths for i in range(len(key_path))
+        name_of(key_path[: i + 1])
+        for key_path in flat.key_paths[:_MOST_COMPARED]
+        for i in range(len(key_path))
     )
-    names.pop(text, None)
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.4) or list(names)[:3]
-    listed = ", ".join(f"`{name}`" for name in near)
-    return f"Its nearest paths are {listed}." if near else "It has no leaves."
+    if not names:
+        return "It has no leaves."
+    near = difflib.get_close_matches(text[:200], names, n=3, cutoff=0.4)
+    return f"Its nearest paths are {shorten(list(map(quote, near or names)), 3)}."

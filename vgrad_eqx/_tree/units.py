@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import jax.tree_util as jtu
+
 
 def quantity_test() -> Callable[[Any], bool] | None:
     """The test for a Quantity, or `None` as long as nobody has imported brainunit.
@@ -21,6 +23,26 @@ def make_quantity_test() -> Callable[[Any], bool]:
 
     # `isinstance` with its second argument bound, so that JAX calls no Python for each node.
     return type.__instancecheck__.__get__(brainunit.Quantity)
+
+
+def refuse_foreign(tree: Any, caller: str) -> None:
+    """Refuses quantities of other libraries, whose units would be lost or wrong."""
+    nodes = filter(_is_foreign, jtu.tree_leaves(tree, is_leaf=_is_foreign))
+    for node in nodes:
+        library = type(node).__module__.partition(".")[0]
+        raise TypeError(
+            f"`{caller}` knows the units of brainunit alone. Got a `{type(node).__name__}` of "
+            f"`{library}`. Pass its number in a fixed unit, or a `brainunit.Quantity`."
+        )
+
+
+def _is_foreign(node: Any) -> bool:
+    is_quantity = quantity_test()
+    if is_quantity is not None and is_quantity(node):
+        return False
+    names = {base.__name__ for base in type(node).__mro__}  # of unxt, astropy and pint
+    has_unit = hasattr(node, "unit") or hasattr(node, "units")
+    return has_unit and not names.isdisjoint({"Quantity", "AbstractQuantity", "PlainQuantity"})
 
 
 def split_unit(leaf: Any) -> tuple[Any, Any]:
@@ -114,7 +136,10 @@ def parse_unit(unit: Any, caller: str) -> Any:
     import brainunit
 
     if not isinstance(unit, brainunit.Unit):
-        raise TypeError(f"`{caller}` must be a unit, such as `brainunit.mvolt`. Got {unit!r}.")
+        raise TypeError(
+            f"`{caller}` must be a unit, such as `brainunit.mvolt`. Got a "
+            f"`{type(unit).__name__}`."
+        )
     return unit
 
 
