@@ -12,10 +12,10 @@ import jax.tree_util as jtu
 from .flat import FlatTree, name_of
 
 
-def shorten(texts: Sequence[str], most: int = 5) -> str:
+def shorten(texts: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """The first of them, and how many there are besides."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    return ", ".join([*texts[:most], *more])
+    return separator.join([*texts[:most], *more])
 
 
 def name_shapes(arrays: Sequence[Any]) -> str:
