@@ -266,7 +266,7 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
 def _list_refs(name: str, state: State) -> dict[str, Any]:
     """The references of a state. The other leaves of its value are fixed."""
     value = FlatTree(state.content.combine())
-    names = [f"{name}.{each}".strip(".") for each in value.names]
+    names = [".".join(filter(None, (name, each))) for each in value.names]
     return {
         each: leaf
         for each, leaf in zip(names, value.leaves, strict=True)
