@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._tree.state import read
-from .._tree.units import attach_unit, describe_unit, split_unit
+from .._tree.units import attach_unit, describe_unit, is_unit, split_unit
 
 
 class Entry(NamedTuple):
@@ -216,7 +216,7 @@ def _holds_array(leaf: Any) -> bool:
     pending = collections.deque([leaf])
     while pending and len(seen) < _MOST_OBJECTS:
         node = pending.popleft()
-        if isinstance(node, _HARMLESS) or id(node) in seen:
+        if isinstance(node, _HARMLESS) or is_unit(node) or id(node) in seen:
             continue
         seen[id(node)] = node
         if _is_array(node):
