@@ -123,13 +123,10 @@ def read_header(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]
     start = 8 + length
     if start > size or length > _LARGEST_HEADER:
         raise ValueError("The header is longer than the file.")
-    try:
-        header = json.loads(file.read(length).decode())
-    except RecursionError as error:
-        raise ValueError("The header is nested too deeply.") from error
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    header = parse_dict(file.read(length).decode())
+    metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise ValueError("The header must be a dict, and its metadata one of strings.")
+        raise ValueError("The metadata must be a dict of strings.")
     tensors = {name: _parse_tensor(value, start) for name, value in header.items()}
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor[2:]):
         if tensor.begin != start:
@@ -138,6 +135,18 @@ def read_header(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]
     if start != size:
         raise ValueError("The file must end with the last tensor.")
     return metadata, tensors
+
+
+def parse_dict(text: str) -> dict[str, Any]:
+    """A dict in JSON, or a `ValueError`."""
+    try:
+        parsed = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("It is nested too deeply.") from error
+    match parsed:
+        case dict():
+            return parsed
+    raise ValueError("It must be a dict.")
 
 
 def _parse_tensor(value: Any, start: int) -> Tensor:

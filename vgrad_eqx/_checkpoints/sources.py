@@ -18,6 +18,7 @@ from .archive import (
     Digest,
     make_buffer,
     NUM_THREADS,
+    parse_dict,
     read_chunks,
     read_header,
     Tensor,
@@ -77,7 +78,7 @@ class Source:
 
     def _parse_entries(self) -> None:
         tensors = {}
-        for name, value in dict(json.loads(self._metadata.get("entries", ""))).items():
+        for name, value in parse_dict(self._metadata.get("entries", "")).items():
             entry = _parse_entry(value)
             tensor = self._tensors.pop(name if self._version == 1 else quote(name), None)
             if tensor is None or tensor[:2] != Tensor.of(entry.dtype, entry.shape)[:2]:
@@ -183,9 +184,9 @@ def open_source(path: str) -> Iterator[Source | Shards]:
 def _read_index(path: str) -> dict[str, str]:
     """The name of the file of each array."""
     try:
-        with open(path, "rb") as file:
-            index = json.loads(file.read())
-    except (ValueError, RecursionError) as error:
+        with open(path, encoding="utf-8") as file:
+            index = parse_dict(file.read())
+    except ValueError as error:
         raise make_error(path, "It ends with `.json`, and is no index of files") from error
     match index:
         case {"weight_map": dict(files)} if all(map(_is_file_name, files.values())):
