@@ -163,7 +163,7 @@ def test_states_by_reference_are_set(path):
     states["n"].value = {"a": 0, "b": jnp.ones(1)}
     vg.save(path, [states, opt])
     others, other_opt = make()
-    loaded, _ = vg.load(path, [others, other_opt])
+    loaded = vg.load(path, (others, other_opt))[0]
     assert loaded["w"] is others["w"]
     assert tree_allclose(u.get_mantissa(others["w"].value), u.get_mantissa(states["w"].value))
     assert others["n"].value["b"].tolist() == [1.0]

@@ -6,6 +6,7 @@ import json
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import brainunit as u
 import hypothesis
@@ -92,7 +93,7 @@ def write(path, header, numbers=b""):
     path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
 
 
-def make_tensor(dtype="F32", shape=(1,), offsets=(0, 4)):
+def make_tensor(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)):
     return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 

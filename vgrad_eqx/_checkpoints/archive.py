@@ -52,7 +52,9 @@ _ALIGNMENT = 64  # of JAX, which takes over an aligned buffer as it is
 
 # How many bytes are hashed at once, and written before the disk is asked to begin.
 _CHUNK, _SYNCED = 1 << 22, 1 << 26
-NUM_THREADS = min(4, os.cpu_count() or 1)
+# Those that compute the digest while this one reads or writes. A small chunk is not worth it.
+NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
+_WORTH_A_THREAD = 1 << 20
 
 
 class Tensor(NamedTuple):
@@ -207,7 +209,10 @@ class Digest:
         self._pending: collections.deque[Future[bytes]] = collections.deque()
 
     def update(self, chunk: memoryview, pool: ThreadPoolExecutor) -> None:
-        self._pending.append(_start(pool, _hash, chunk))
+        if len(chunk) < _WORTH_A_THREAD and not self._pending:
+            self._total.update(_hash(chunk))
+        else:
+            self._pending.append(_start(pool, _hash, chunk))
         if len(self._pending) > 2 * NUM_THREADS:
             self._total.update(self._pending.popleft().result())
 

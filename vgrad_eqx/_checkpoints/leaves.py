@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -33,9 +34,10 @@ class Entry(NamedTuple):
 
     def fits_cast(self, other: "Entry") -> bool:
         """Whether `other` fits once its numbers are converted, of which none may be lost."""
-        ranks = [_find_rank(entry.dtype) for entry in (self, other)]
-        is_array = self.kind == other.kind == "array" and None not in ranks
-        return is_array and ranks[0] >= ranks[1] and self.fits(other._replace(dtype=self.dtype))
+        rank, other_rank = _find_rank(self.dtype), _find_rank(other.dtype)
+        if not self.kind == other.kind == "array" or rank is None or other_rank is None:
+            return False
+        return rank >= other_rank and self.fits(other._replace(dtype=self.dtype))
 
     @property
     def is_integer(self) -> bool:
@@ -53,16 +55,12 @@ class Entry(NamedTuple):
 
 def _find_rank(dtype: str) -> int | None:
     """Where a dtype stands among bools, integers, reals and complex numbers."""
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     try:
-        return [
-            i
-            for i, kind in enumerate(
-                (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
-            )
-            if jnp.issubdtype(jnp.dtype(dtype), kind)
-        ][0]
-    except (IndexError, TypeError):
+        found = [i for i, kind in enumerate(kinds) if jnp.issubdtype(jnp.dtype(dtype), kind)]
+    except TypeError:  # a code that NumPy has no dtype for
         return None
+    return found[0] if found else None
 
 
 _ARRAYS = jax.Array | jax.Ref | np.ndarray | np.generic | jax.ShapeDtypeStruct
@@ -79,7 +77,7 @@ def is_python_number(leaf: Any) -> bool:
 
 
 def is_key(number: Any) -> bool:
-    return jnp.issubdtype(getattr(number, "dtype", None), jax.dtypes.prng_key)
+    return hasattr(number, "dtype") and jnp.issubdtype(number.dtype, jax.dtypes.prng_key)
 
 
 def describe(leaf: Any) -> Entry:

@@ -121,10 +121,12 @@ def make_error(path: str, reason: str) -> ValueError:
 
 def _parse_entry(value: Any) -> Entry:
     match value:
-        case [str(kind), str(dtype), [*shape], None | [str(), str(), str()] as unit]:
-            check_sizes(shape)
+        case [str(), str(), [*_], None | [str(), str(), str()]]:
+            pass
         case _:
             raise ValueError("An entry must have a kind, a dtype, a shape and a unit.")
+    kind, dtype, shape, unit = list[Any](value)
+    check_sizes(shape)
     try:
         is_known = jnp.dtype(dtype).name == dtype and not jnp.dtype(dtype).hasobject
     except TypeError:
