@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+from .checkpoints import loading, saving
 from .derivatives import first_derivative, jacobian_diagonal, second_derivative
 from .gradients import compiled, compiled_wide, eager, tracing
 from .imports import imports
@@ -46,6 +47,8 @@ CASES = {
     "states_compiled": Case("compiled gradient over states", states_compiled, [100, 1000]),
     "choosing": Case("choosing half of the leaves", choosing, [10_000]),
     "import": Case("import, beyond JAX, Equinox and optax", imports, [1], [1]),
+    "saving": Case("saving, in MB", saving, [500], [20]),
+    "loading": Case("loading, in MB", loading, [500], [20]),
 }
 TITLES = {name: case.title for name, case in CASES.items()}
 # In how many seconds the last process begins that measures a way.

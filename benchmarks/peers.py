@@ -13,6 +13,7 @@ PEERS = {
     "braintools": "braintools",
     "saiunit": "saiunit",
     "flax.nnx": "flax",
+    "orbax.checkpoint": "orbax-checkpoint",
 }
 
 

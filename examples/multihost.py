@@ -1,10 +1,11 @@
 """Trains a classifier of handwritten digits on several processes, as on several hosts.
 
-They meet on the loopback by `jax.distributed`. Each holds all parameters and takes its share
-of every batch; JAX adds up their gradients. The parameters are the same as after a run with a
-single process, up to rounding. The first process writes checkpoints. With `--kill-at`, one
-process is killed at that step: the others then end with an error, and a new run goes on from
-the last checkpoint.
+They meet on the loopback by `jax.distributed`. Each holds its share of the parameters and of
+every batch; JAX exchanges what is needed, and adds up the gradients. The parameters are the
+same as after a run with a single process, up to rounding. Orbax writes checkpoints, of which
+each process writes the shards that it holds. With `--kill-at`, one process is killed at that
+step: the others then end with an error, and a new run goes on from the last checkpoint. At the
+end a single process reads the last one.
 """
 
 import argparse
@@ -26,10 +27,11 @@ import jax.tree_util as jtu
 import matplotlib
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import sklearn.datasets
 import tqdm
 import vgrad_eqx as vg
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -54,21 +56,49 @@ def load_data():
     return (images / 16).astype("float32"), labels.astype("int32")
 
 
+def open_checkpoints(folder):
+    """Orbax keeps the last of them, each whole or not there."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+
+
+def save(checkpoints, state):
+    """Writes a state in the background. Every process calls it, and writes its shards."""
+    checkpoints.save(state.count, args=ocp.args.StandardSave(jax.tree.leaves(state)))
+
+
+def load(checkpoints, like):
+    """The last state, with the shardings of `like`; or `like` itself, if there is none."""
+    if checkpoints.latest_step() is None:
+        return like
+    leaves, structure = jax.tree.flatten(like)
+    args = ocp.args.StandardRestore(leaves)
+    return jax.tree.unflatten(
+        structure, checkpoints.restore(checkpoints.latest_step(), args=args)
+    )
+
+
+def begin(steps, seed):
+    """A new training, whose parameters are shared out where they can be."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+
+    def put(x):
+        is_split = x.shape[0] % jax.device_count() == 0
+        return jax.device_put(x, NamedSharding(mesh, P("data") if is_split else P()))
+
+    model = eqx.nn.MLP(64, 10, 64, 2, key=jr.key(seed))
+    model = jtu.tree_map(lambda x: put(x) if eqx.is_array(x) else x, model)
+    step = vg.train_step(losses, optax.adam(optax.cosine_decay_schedule(1e-2, steps)))
+    return step, step.init(model), NamedSharding(mesh, P("data"))
+
+
 def work(folder, steps, seed, kill_at):
     """Trains in this process, together with the others."""
     last = jax.process_index() == jax.process_count() - 1
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
-    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     first = jax.process_index() == 0
-    model = eqx.nn.MLP(64, 10, 64, 2, key=jr.key(seed))
-    model = jtu.tree_map(
-        lambda x: jax.device_put(x, everywhere) if eqx.is_array(x) else x, model
-    )
-    step = vg.train_step(losses, optax.adam(optax.cosine_decay_schedule(1e-2, steps)))
-    state = step.init(model)
-    checkpoint = folder / "checkpoint"
-    if checkpoint.exists():
-        state = vg.load(checkpoint, state)
+    step, state, split = begin(steps, seed)
+    checkpoints = open_checkpoints(folder)
+    state = load(checkpoints, state)
     images, labels = load_data()
     # Every process draws the same rows, and takes its own share of them.
     orders = np.random.default_rng(seed).integers(len(images), size=(steps, BATCH_SIZE))
@@ -88,9 +118,10 @@ def work(folder, steps, seed, kill_at):
         state, metrics = step(state, *batch)
         history.append((state.count, float(jnp.sum(metrics.value))))
         progress.update()
-        if first and (state.count % SAVE_EVERY == 0 or state.count == steps):
-            vg.save(checkpoint, state)
+        if state.count % SAVE_EVERY == 0 or state.count == steps:
+            save(checkpoints, state)
     progress.close()
+    checkpoints.close()  # waits until the last one is whole
     if first:
         (folder / "history.json").write_text(json.dumps(history))
 
@@ -154,9 +185,10 @@ def run_and_kill(processes, folder, args):
 
 
 def read_model(folder, args):
-    model = eqx.nn.MLP(64, 10, 64, 2, key=jr.key(args.seed))
-    step = vg.train_step(losses, optax.adam(optax.cosine_decay_schedule(1e-2, args.steps)))
-    return vg.load(folder / "checkpoint", step.init(model)).model
+    """The last model, on the one device of this process."""
+    _, state, _ = begin(args.steps, args.seed)
+    with open_checkpoints(folder) as checkpoints:
+        return load(checkpoints, state).model
 
 
 def plot(histories, difference, out):

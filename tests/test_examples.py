@@ -96,6 +96,21 @@ def test_finetune_fails_below_its_accuracy(tmp_path):
     assert "The test accuracy is below 96%" in result.stderr
 
 
+def test_lora_resumes_with_the_same_numbers(tmp_path):
+    result = run("lora.py", "--seed", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "largest difference to the other program: " in result.stdout
+    assert "resumed in a new process: the same numbers" in result.stdout
+    assert "resumed: 100%" in result.stderr
+    assert (tmp_path / "lora.png").stat().st_size > 10_000
+
+
+def test_lora_fails_below_its_accuracy(tmp_path):
+    result = run("lora.py", "--steps", "4", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "The test accuracy is below 95%" in result.stderr
+
+
 def test_burgers_pinn_agrees_with_cole_and_hopf(tmp_path):
     result = run("burgers_pinn.py", "--steps", "1500", "--seed", "1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -1,127 +1,235 @@
-"""Named arrays in a file of the safetensors format, with what that format does not hold."""
+"""Named arrays in a file of the safetensors format, and a digest of them.
 
+https://huggingface.co/docs/safetensors describes the format: the length of a header, the header
+in JSON, and the numbers, without gaps.
+"""
+
+import collections
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BufferedReader
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
+
+from .files import sync
 
 
-class Entry(NamedTuple):
-    """What is known of an array beside its numbers."""
+# Those that NumPy, with the dtypes of JAX, can hold.
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+# What other programs read since long. Arrays of another dtype are written as bytes.
+_CODES = {dtype: code for code, dtype in list(DTYPES.items())[:16]}
 
-    kind: str  # an array, a key of some kind, or a Python number
+_LARGEST_HEADER = 100_000_000  # of the format
+_MOST_DIMENSIONS = 64  # of NumPy
+_ALIGNMENT = 64  # of JAX, which takes over an aligned buffer as it is
+
+# How many bytes are hashed at once, and written before the disk is asked to begin.
+_CHUNK, _SYNCED = 1 << 22, 1 << 26
+# Those that compute the digest while this one reads or writes. A small chunk is not worth it.
+NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
+_WORTH_A_THREAD = 1 << 20
+
+
+class Tensor(NamedTuple):
+    """Where an array is in a file. `dtype` is its code if NumPy cannot hold it."""
+
     dtype: str
     shape: tuple[int, ...]
-    unit: list[str] | None
+    begin: int
+    end: int
 
-    def fits(self, other: "Entry") -> bool:
-        # Of a unit, its size and its dimension count, and not how it is written.
-        ours, theirs = (self.unit or [])[1:], (other.unit or [])[1:]
-        return self[:3] == other[:3] and ours == theirs
-
-    def __str__(self) -> str:
-        if self.kind.startswith("Python"):
-            return f"a {self.kind}"
-        text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
-        if self.kind != "array":
-            text = f"a {self.kind}, {text}"
-        return text if self.unit is None else f"{text} in {self.unit[0]}"
+    @classmethod
+    def of(cls, dtype: str, shape: tuple[int, ...]) -> "Tensor":
+        """How an array is written: as it is, or as bytes."""
+        size = math.prod(shape) * jnp.dtype(dtype).itemsize
+        return cls(*((dtype, shape) if dtype in _CODES else ("uint8", (size,))), 0, size)
 
 
-_FORMAT = "vgrad_eqx 1"
+def write_archive(
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor],
+    fetch: Callable[[str], np.ndarray],
+    metadata: dict[str, str],
+) -> None:
+    """Writes arrays, which are fetched one by one, and then their digest."""
+    # The largest numbers first, so that each is at a multiple of its size.
+    names = sorted(tensors, key=lambda name: (-jnp.dtype(tensors[name].dtype).itemsize, name))
+    tensors, offset = {name: tensors[name] for name in names}, 0
+    for name, (dtype, shape, _, size) in tensors.items():
+        tensors[name] = Tensor(dtype, shape, offset, offset + size)
+        offset += size
+    digest = Digest(metadata["entries"])
+    file.write(_format_header(tensors, {**metadata, "digest": "0" * 64}))
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        # The disk works while the rest is fetched, hashed and written.
+        syncing, synced = _start(pool, sync, file.fileno()), 0
+        for name in tensors:
+            for chunk in split_chunks(view_bytes(fetch(name))):
+                digest.update(chunk, pool)
+                file.write(chunk)
+                if file.tell() - synced >= _SYNCED and syncing.done():
+                    syncing.result()
+                    syncing, synced = _start(pool, sync, file.fileno()), file.tell()
+        syncing.result()
+    file.seek(0)
+    file.write(_format_header(tensors, {**metadata, "digest": digest.finish()}))
 
-# The others are written as bytes.
-_KNOWN_TO_SAFETENSORS = {
-    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-    *("float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64"),
-}
 
-
-def write_archive(path: Path, entries: Mapping[str, Entry], arrays: Mapping[str, Any]) -> None:
-    """Writes a file beside `path`, and puts it in the place of `path` when it is whole."""
-    numbers = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    text = json.dumps(entries)
-    metadata = {"format": _FORMAT, "entries": text, "digest": _digest(text, numbers)}
-    tensors = {
-        name: array if array.dtype.name in _KNOWN_TO_SAFETENSORS else _view_bytes(array)
-        for name, array in numbers.items()
-    }
-    # They point to the memory of the arrays, which outlive them.
-    specs = {
-        name: safetensors.TensorSpec(
-            dtype=array.dtype.name,
-            shape=array.shape,
-            data_ptr=array.ctypes.data,
-            data_len=array.nbytes,
+def _format_header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
+    for name, (dtype, shape, begin, end) in tensors.items():
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _LARGEST_HEADER:
+        raise ValueError(
+            f"`save(tree=...)` must have fewer leaves or shorter names. Got {len(tensors):,}, "
+            f"with a header of {len(text):,} bytes, where safetensors files have at most "
+            f"{_LARGEST_HEADER:,}. Stack arrays, or save parts."
         )
-        for name, array in tensors.items()
-    }
-    part = path.with_name(f".{path.name}.part")
-    # Not `serialize_file`, which leaves a file of another name behind each time it is killed.
-    part.write_bytes(safetensors.serialize(specs, metadata))
-    _flush(part)
-    os.replace(part, path)
-    _flush(path.parent)
+    return len(text).to_bytes(8, "little") + text
 
 
-def read_archive(path: Path) -> dict[str, tuple[Entry, np.ndarray]]:
-    """Reads a file, and refuses one that is not as it was written."""
-    data = path.read_bytes()
+def read_header(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file. Raises a `ValueError` if it has none."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    start = 8 + length
+    if start > size or length > _LARGEST_HEADER:
+        raise ValueError("The header is longer than the file.")
+    header = parse_dict(file.read(length).decode())
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise ValueError("The metadata must be a dict of strings.")
+    tensors = {name: _parse_tensor(value, start) for name, value in header.items()}
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor[2:]):
+        if tensor.begin != start:
+            raise ValueError("There must be no gap and no overlap.")
+        start = tensor.end
+    if start != size:
+        raise ValueError("The file must end with the last tensor.")
+    return metadata, tensors
+
+
+def parse_dict(text: str) -> dict[str, Any]:
+    """A dict in JSON, or a `ValueError`."""
     try:
-        tensors = {name: tensor["data"] for name, tensor in safetensors.deserialize(data)}
-    except safetensors.SafetensorError as error:
-        raise _make_error(path, "It is cut off or damaged, or of another format") from error
-    start = 8  # after the length of the header
-    header = json.loads(data[start : start + int.from_bytes(data[:start], "little")])
-    metadata = header.get("__metadata__", {})
-    if metadata.get("format") != _FORMAT:
-        raise _make_error(path, "It is of another program")
-    text = metadata.get("entries", "{}")
-    if metadata.get("digest") != _digest(text, tensors):
-        raise _make_error(path, "It is damaged: its contents do not have its digest")
-    entries = {
-        name: Entry(kind, dtype, tuple(shape), unit)
-        for name, (kind, dtype, shape, unit) in json.loads(text).items()
-    }
-    return {
-        name: (
-            entry,
-            np.frombuffer(tensors[name], jnp.dtype(entry.dtype)).reshape(entry.shape),
-        )
-        for name, entry in entries.items()
-    }
+        parsed = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("It is nested too deeply.") from error
+    match parsed:
+        case dict():
+            return parsed
+    raise ValueError("It must be a dict.")
 
 
-def _make_error(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"`load(path=...)` must be a checkpoint that `vg.save` has written. Got {str(path)!r}. "
-        f"{reason}."
-    )
+def _parse_tensor(value: Any, start: int) -> Tensor:
+    match value:
+        case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
+            check_sizes([*shape, begin, end])
+        case _:
+            raise ValueError("A tensor must have a dtype, a shape and offsets.")
+    if begin > end:
+        raise ValueError("A tensor must begin before it ends.")
+    dtype = DTYPES.get(code, code)
+    if code in DTYPES and end - begin != math.prod(shape) * jnp.dtype(dtype).itemsize:
+        raise ValueError("A tensor must have the size of its shape.")
+    return Tensor(dtype, tuple(shape), start + begin, start + end)
 
 
-def _digest(text: str, arrays: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        array = arrays[name]
-        digest.update(_view_bytes(array).data if isinstance(array, np.ndarray) else array)
-    return digest.hexdigest()
+def check_sizes(sizes: Any) -> None:
+    """Refuses what is no shape, and what would take long to multiply."""
+    is_shape = isinstance(sizes, list) and len(sizes) <= 2 + _MOST_DIMENSIONS
+    if not (is_shape and all(type(n) is int and 0 <= n < 2**63 for n in sizes)):
+        raise ValueError("A size must be an integer of 63 bits.")
 
 
-def _view_bytes(array: np.ndarray) -> np.ndarray:
+def read_chunks(
+    file: BufferedReader, tensor: Tensor, out: np.ndarray
+) -> Iterator[memoryview | None]:
+    """Reads a tensor, by chunks, into the bytes of `out`. Gives `None` where the file ends."""
+    file.seek(tensor.begin)
+    for chunk in split_chunks(out):
+        yield chunk if file.readinto(chunk) == len(chunk) else None
+
+
+def make_buffer(size: int) -> np.ndarray:
+    """Bytes that JAX takes over without a copy."""
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size]
+
+
+def view_bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def split_chunks(array: np.ndarray) -> Iterable[memoryview]:
+    view = memoryview(array)
+    return [view[i : i + _CHUNK] for i in range(0, len(view), _CHUNK)]
+
+
+class Digest:
+    """A SHA-256 of a text and of the CRC-32 of each chunk, which threads compute.
+
+    It finds damage; who forges a file can make a digest, too. A SHA-256 of everything would
+    take twice as long, or six times where the processor has no instructions for it.
+    """
+
+    def __init__(self, text: str):
+        self._total = hashlib.sha256(text.encode())
+        self._pending: collections.deque[Future[bytes]] = collections.deque()
+
+    def update(self, chunk: memoryview, pool: ThreadPoolExecutor) -> None:
+        if len(chunk) < _WORTH_A_THREAD and not self._pending:
+            self._total.update(_hash(chunk))
+        else:
+            self._pending.append(_start(pool, _hash, chunk))
+        if len(self._pending) > 2 * NUM_THREADS:
+            self._total.update(self._pending.popleft().result())
+
+    def finish(self) -> str:
+        for future in self._pending:
+            self._total.update(future.result())
+        return self._total.hexdigest()
+
+
+def _start(pool: ThreadPoolExecutor, func: Callable[..., Any], *args: Any) -> Future[Any]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return pool.submit(func, *args)
+    except RuntimeError:  # the interpreter is at its end, and starts no threads
+        future = Future()
+        future.set_result(func(*args))
+        return future
+
+
+def _hash(chunk: memoryview) -> bytes:
+    return zlib.crc32(chunk).to_bytes(4, "little")

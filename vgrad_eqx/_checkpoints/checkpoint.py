@@ -1,37 +1,45 @@
 """Checkpoints: all arrays of a pytree by name, in one file that is whole or not there."""
 
+import json
 import os
 import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
-import numpy as np
 
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
-from .._tree.state import read, State, write
-from .._tree.units import attach_unit, describe_unit, refuse_foreign, split_unit
-from .archive import Entry, read_archive, write_archive
+from .._tree.state import Journal, journals, State, write
+from .._tree.units import refuse_foreign, split_unit
+from .archive import Tensor, write_archive
+from .differences import check_rename, Differences, offer_rename
+from .files import check_path, replace_file
+from .leaves import cast_array, describe, Entry, fetch, find_obstacle, is_saved, restore
+from .sources import make_error, open_source, quote, Shards, Source, VERSION
+
+
+_T = TypeVar("_T")
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes all arrays of a pytree to a file, by name.
 
-    The file is in the format of safetensors, and holds no code. It is written beside `path`
-    first and then put in its place, so that there is a whole file at any moment: the new
-    one, or the one before. One process at a time may write to a path.
+    The file is in the format of safetensors, and holds no code. A new file is written beside
+    `path` and then put in its place, so that there is a whole one at any moment: the new one,
+    or the one before. So there is if several processes write to one path; the last one wins. It
+    takes no more memory than the largest array.
 
     **Arguments:**
 
-    - `path`: where to write. What was there is replaced.
+    - `path`: where to write. What was there is replaced, and its mode kept; of a link, the file
+        that it points to.
     - `tree`: a [`vgrad_eqx.TrainState`][], or any pytree, such as
-        `{"model": model, "opt": opt}`. Its arrays, PRNG keys, Quantities and Python numbers
+        `{"model": model, "opt": opt}`, or a part of a model by [`vgrad_eqx.states`][]. Its
+        arrays of JAX and NumPy, NumPy scalars, PRNG keys, Quantities and Python numbers
         are saved, and the values of states by reference. Strings, functions and the like are
-        not.
+        left out.
 
     **Returns:**
 
@@ -39,9 +47,13 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
     **Raises:**
 
+    - `TypeError`: for what holds arrays and cannot be saved, by its path: NumPy arrays of
+        strings or objects, structured and masked arrays, `jax.ShapeDtypeStruct`s, arrays that
+        are spread over several hosts, and objects that hold arrays and are no pytrees.
     - `ValueError`: if there is nothing to save, or if two leaves have one dotted path.
     - `RuntimeError`: for a [`vgrad_eqx.TrainState`][] that a step has taken over.
-    - `OSError`: if it cannot be written. What was there before is there still.
+    - `OSError`: if it cannot be written, such as on a full disk. What was there before is
+        there still, and nothing else.
 
     **Example:**
 
@@ -55,42 +67,71 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         ([1.0, 2.0], 3)
     """
     refuse_foreign(tree, "save(tree=...)")
+    target = check_path(path, "save(path=...)")
     items = _list_items(FlatTree(_expand(tree)), "save(tree=...)")
     if not items:
         raise ValueError(
             "`save(tree=...)` must hold an array or a number. Got a "
             f"`{type(tree).__name__}` without one."
         )
-    entries = {name: _describe(leaf) for name, (_, leaf) in items.items()}
-    arrays = {name: _find_array(leaf) for name, (_, leaf) in items.items()}
-    write_archive(Path(path), entries, jax.device_get(arrays))
+    for name, (_, leaf) in items.items():
+        if isinstance(split_unit(leaf)[0], jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"`save(tree=...)` must hold arrays. Got a shape without numbers, {leaf}, at "
+                f"`{name}`. Such a tree is for `load(like=...)`."
+            )
+    entries = {name: describe(leaf) for name, (_, leaf) in items.items()}
+    leaves = {quote(name): leaf for name, (_, leaf) in items.items()}
+    tensors = {
+        quote(name): Tensor.of(entry.dtype, entry.shape) for name, entry in entries.items()
+    }
+    metadata = {"format": f"vgrad_eqx {VERSION}", "entries": json.dumps(entries)}
+    with replace_file(target) as file:
+        write_archive(file, tensors, lambda name: fetch(leaves[name]), metadata)
 
 
-def load(path: str | os.PathLike[str], like: Any, *, strict: bool = True) -> Any:
-    """Reads what [`vgrad_eqx.save`][] has written.
+def load(
+    path: str | os.PathLike[str],
+    like: _T,
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | Callable[[str], str] | None = None,
+    cast: bool = False,
+) -> _T:
+    """Reads what [`vgrad_eqx.save`][] has written, or the safetensors file of another program.
 
-    Nothing in the file is executed. Its contents are checked against a digest, and against
-    `like`, before anything is returned or set.
+    Nothing in the file is executed. Its contents are checked against a digest, if it is of
+    this library, and against `like`, before anything is returned or set.
 
     **Arguments:**
 
-    - `path`: where to read.
+    - `path`: where to read. With `rename`, also the index of several files, which ends with
+        `.json`.
     - `like`: a pytree of the structure of the result, such as a
-        [`vgrad_eqx.TrainState`][] that `init` has made. Its arrays may be
-        `jax.ShapeDtypeStruct`s.
+        [`vgrad_eqx.TrainState`][] that `init` has made. Its arrays and PRNG keys may be
+        `jax.ShapeDtypeStruct`s, as `equinox.filter_eval_shape` gives them.
     - `strict`: whether all that is in `like` must be in the file and the other way round, with
         the same shape, dtype and unit. If `False`, what differs stays as it is in `like`, and
         a warning lists it.
+    - `rename`: the name in the file of each array, as a dict from its path in `like` or as a
+        function of it. A path that the dict does not have is the name itself. To be
+        given for a file of another program, of which arrays alone are read: Python numbers
+        and PRNG keys stay as they are in `like`, and a Quantity takes its number, which must be
+        in the unit that it has in `like`.
+    - `cast`: whether to convert arrays to their dtype in `like`, if it is of the same kind or
+        of a more general one.
 
     **Returns:**
 
-    A pytree like `like` with the arrays of the file, each with the sharding that it has in
-    `like`. States by reference in `like` are set.
+    A pytree like `like` with the arrays of the file, each with the type, the byte order and the
+    sharding that it has in `like`. States by reference in `like` are set.
 
     **Raises:**
 
-    - `ValueError`: if `path` is no whole checkpoint, or, with `strict`, if it differs from
-        `like`; it lists every difference.
+    - `ValueError`: if `path` is no whole checkpoint; or, with `strict`, if it differs from
+        `like`: the error counts the differences, and shows the first of each kind. With
+        `cast`, if a number is too large for its new dtype.
+    - `TypeError`: if `like` holds what `save` refuses.
     - `RuntimeError`: for a [`vgrad_eqx.TrainState`][] that a step has taken over.
     - `FileNotFoundError`: if there is no file.
 
@@ -111,35 +152,72 @@ def load(path: str | os.PathLike[str], like: Any, *, strict: bool = True) -> Any
     """
     flat = FlatTree(_expand(like))
     items = _list_items(flat, "load(like=...)")
-    found = read_archive(Path(path))
-    differences = _list_differences(items, found)
-    if differences and strict:
-        raise ValueError(
-            "`load(like=...)` must be like the checkpoint. There is "
-            f"{'; '.join(differences.values())}. Pass `strict=False` to load what fits."
-            f"{_hint(differences)}"
-        )
+    check_rename(rename, items)
+    with open_source(check_path(path, "load(path=...)")) as source:
+        wanted = {name: describe(leaf) for name, (_, leaf) in items.items()}
+        if source.is_foreign and rename is None:
+            raise make_error(source.path, offer_rename(source, wanted))
+        if source.is_foreign:
+            wanted = {
+                name: entry._replace(unit=None)
+                for name, entry in wanted.items()
+                if entry.kind == "array"
+            }
+        differences = Differences(wanted, source, rename, cast)
+        if differences and strict:
+            for _ in source.read(()):  # is it damaged?
+                pass
+            raise ValueError(
+                f"`load(like=...)` must be like the checkpoint. There is {differences}. Pass "
+                f"`strict=False` to load what fits.{differences.hint}"
+            )
+        loaded = _read(source, differences.fitting, items, wanted)
     if differences:
         warnings.warn(
-            "`load(strict=False)` has left out what does not fit. There is "
-            f"{'; '.join(differences.values())}.",
+            f"`load(strict=False)` has left out what does not fit. There is {differences}.",
             stacklevel=2,
         )
-    leaves = list(flat.leaves)
-    for name, (index, leaf) in items.items():
-        if name not in differences:
-            value = _restore(leaf, found[name][1])
-            if isinstance(leaf := split_unit(leaf)[0], jax.Ref):
-                write(leaf, value, f"The state `{name}`")
+    return _collect(like, flat.unflatten(_fill(flat.leaves, items, loaded)))
+
+
+def _read(
+    source: Source | Shards,
+    fitting: Mapping[str, list[str]],
+    items: Mapping[str, tuple[int, Any]],
+    wanted: Mapping[str, Entry],
+) -> dict[str, Any]:
+    """What is loaded, by name. `fitting` are the names of each array in the file."""
+    loaded = {}
+    for file_name, array in source.read(fitting):
+        for i, name in enumerate(fitting[file_name]):
+            # In the first place it is nobody else's, and JAX may take it over as it is.
+            own = array if i == 0 else array.copy()
+            if wanted[name].kind == "array":
+                own = cast_array(own, wanted[name].dtype, f"The array of `{name}`")
+            loaded[name] = restore(items[name][1], own)
+    return loaded
+
+
+def _fill(
+    leaves: list[Any], items: Mapping[str, tuple[int, Any]], loaded: Mapping[str, Any]
+) -> list[Any]:
+    """The leaves, of which states by reference are set, all of them or none."""
+    leaves = list(leaves)
+    journal = Journal()
+    journals.active.append(journal)
+    try:
+        for name, value in loaded.items():
+            index, leaf = items[name]
+            if isinstance(ref := split_unit(leaf)[0], jax.Ref):
+                write(ref, value, f"The state `{name}`")
             else:
                 leaves[index] = value
-    return _collect(like, flat.unflatten(leaves))
-
-
-def _hint(differences: dict[str, str]) -> str:
-    if not any("others." in name for name in differences):
-        return ""
-    return " States that `func` uses are known after `step.init(batch=...)`."
+    except BaseException:
+        journal.restore()
+        raise
+    finally:
+        journals.active.remove(journal)
+    return leaves
 
 
 def _is_train_state(node: Any) -> bool:
@@ -169,83 +247,29 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
     """What is saved, by name, each with the index of the leaf that it is in."""
     items: dict[str, tuple[int, Any]] = {}
     for index, (name, leaf) in enumerate(zip(flat.names, flat.leaves, strict=True)):
-        inner = {name: leaf}
-        if isinstance(leaf, State):
-            value = FlatTree(leaf.content.combine())
-            names = [f"{name}.{each}".strip(".") for each in value.names]
-            inner = {
-                each: inner_leaf
-                for each, inner_leaf in zip(names, value.leaves, strict=True)
-                if isinstance(split_unit(inner_leaf)[0], jax.Ref)  # the others are fixed
-            }
+        inner = _list_refs(name, leaf) if isinstance(leaf, State) else {name: leaf}
         for each, array in inner.items():
-            if each in items and _is_saved(array):
+            if obstacle := find_obstacle(array):
+                raise TypeError(
+                    f"`{caller}` must hold what can be saved. Got, at `{each}`, {obstacle}."
+                )
+            if not is_saved(array):
+                continue
+            if each in items:
                 raise ValueError(
                     f"`{caller}` has two leaves of the dotted path `{each}`. Arrays are saved "
                     "by that path, so rename one of the keys."
                 )
-            if _is_saved(array):
-                items[each] = index, array
+            items[each] = index, array
     return items
 
 
-def _is_saved(leaf: Any) -> bool:
-    number, _ = split_unit(leaf)
-    arrays = jax.Array | jax.Ref | np.ndarray | np.generic | jax.ShapeDtypeStruct
-    return isinstance(number, arrays | bool | int | float | complex)
-
-
-def _describe(leaf: Any) -> Entry:
-    number, unit = split_unit(leaf)
-    kind, dtype, shape = "array", getattr(number, "dtype", None), jnp.shape(number)
-    if dtype is None:
-        kind = "array" if unit is not None else f"Python {type(number).__name__}"
-        dtype = jnp.result_type(number) if unit is not None else np.asarray(number).dtype
-    elif jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        kind = f"key of {jr.key_impl(number)}"
-        data = jax.eval_shape(jr.key_data, number)
-        dtype, shape = data.dtype, data.shape
-    return Entry(kind, jnp.dtype(dtype).name, shape, describe_unit(unit))
-
-
-def _find_array(leaf: Any) -> Any:
-    number, unit = split_unit(leaf)
-    if isinstance(number, jax.Ref):
-        return read(number)
-    if not hasattr(number, "dtype"):
-        return np.asarray(number, jnp.result_type(number) if unit is not None else None)
-    return jr.key_data(number) if jnp.issubdtype(number.dtype, jax.dtypes.prng_key) else number
-
-
-def _restore(leaf: Any, array: np.ndarray) -> Any:
-    """The array, as what stands in the place of `leaf`."""
-    number, unit = split_unit(leaf)
-    if isinstance(number, jax.Ref):
-        return jnp.asarray(array)
-    if isinstance(number, bool | int | float | complex) and unit is None:
-        return array.item()
-    if isinstance(number, np.ndarray | np.generic):
-        return attach_unit(array, unit)
-    if jnp.issubdtype(jnp.result_type(number), jax.dtypes.prng_key):
-        return jr.wrap_key_data(jnp.asarray(array), impl=jr.key_impl(number))
-    # What JAX may move to other devices may be moved still.
-    is_free = isinstance(number, jax.Array) and not number.committed
-    sharding = None if is_free else getattr(number, "sharding", None)
-    return attach_unit(jax.device_put(array, sharding), unit)
-
-
-def _list_differences(
-    items: dict[str, tuple[int, Any]], found: dict[str, tuple[Entry, Any]]
-) -> dict[str, str]:
-    """What differs, in words, by name."""
-    wanted = {name: _describe(leaf) for name, (_, leaf) in items.items()}
-    differences = {}
-    for name in [*wanted, *[name for name in found if name not in wanted]]:
-        if name not in found:
-            differences[name] = f"{wanted[name]} at `{name}`, and nothing in the file"
-        elif name not in wanted:
-            differences[name] = f"nothing at `{name}`, and {found[name][0]} in the file"
-        elif not wanted[name].fits(found[name][0]):
-            in_file = found[name][0]
-            differences[name] = f"{wanted[name]} at `{name}`, and {in_file} in the file"
-    return differences
+def _list_refs(name: str, state: State) -> dict[str, Any]:
+    """The references of a state. The other leaves of its value are fixed."""
+    value = FlatTree(state.content.combine())
+    names = [".".join(filter(None, (name, each))) for each in value.names]
+    return {
+        each: leaf
+        for each, leaf in zip(names, value.leaves, strict=True)
+        if isinstance(split_unit(leaf)[0], jax.Ref)
+    }

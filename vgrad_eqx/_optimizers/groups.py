@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -212,8 +213,15 @@ def make_groups(tx: Any, flat: FlatTree, chosen: Selection, caller: str) -> Grou
     return Groups(tuple(labels), tuple(groups))
 
 
+_ADDRESS = re.compile(r"(?: at)? 0x[0-9a-fA-F]+")
+
+
 def _make_labels(selectors: list[Any]) -> list[str]:
-    labels = [key if isinstance(key, str) else repr(as_selector(key)) for key in selectors]
+    # Without the addresses of functions, which the labels of another process do not have.
+    labels = [
+        key if isinstance(key, str) else _ADDRESS.sub("", repr(as_selector(key)))
+        for key in selectors
+    ]
     return [
         label if labels.count(label) == 1 else f"{label} ({i})"
         for i, label in enumerate(labels)

@@ -18,10 +18,10 @@ _MOST_CHARACTERS = 100
 _MOST_COMPARED = 2000
 
 
-def shorten(texts: Sequence[str], most: int = 5) -> str:
+def shorten(texts: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """The first of them, and how many there are besides."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    return ", ".join([*texts[:most], *more])
+    return separator.join([*texts[:most], *more])
 
 
 def show(value: Any) -> str:

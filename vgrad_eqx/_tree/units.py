@@ -143,6 +143,14 @@ def parse_unit(unit: Any, caller: str) -> Any:
     return unit
 
 
+def is_unit(leaf: Any) -> bool:
+    if "saiunit" not in sys.modules:
+        return False
+    import brainunit
+
+    return isinstance(leaf, brainunit.Unit)
+
+
 def describe_unit(unit: Any) -> list[str] | None:
     """How a unit is written, its size, and its dimension, all as text."""
     if unit is None:

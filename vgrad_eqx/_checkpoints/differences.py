@@ -1,0 +1,135 @@
+"""What differs between a pytree and a file, in words."""
+
+import collections
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .._tree.text import shorten
+from .leaves import Entry
+from .sources import Shards, Source
+
+
+_MOST = 3  # of each kind, or a message would be longer than anybody reads
+
+Rename = Mapping[str, str] | Callable[[str], str] | None
+
+
+class Differences:
+    """What is wanted and not in a file as it must be, and the other way round.
+
+    `fitting` are the names of what fits, by the name in the file. As text it is a list.
+    """
+
+    def __init__(
+        self, wanted: Mapping[str, Entry], source: Source | Shards, rename: Rename, cast: bool
+    ):
+        names = {name: _rename(name, rename) for name in wanted}
+        found = source.entries
+        self.fitting: dict[str, list[str]] = collections.defaultdict(list)
+        self._others: list[str] = []
+        self._missing: list[tuple[str, str, Entry]] = []
+        self._castable = False
+        for name, file_name in names.items():
+            if file_name not in found:
+                self._missing.append((name, file_name, wanted[name]))
+                continue
+            entry, is_castable = found[file_name], wanted[name].fits_cast(found[file_name])
+            if wanted[name].fits(entry) or (cast and is_castable):
+                self.fitting[file_name].append(name)
+            else:
+                where = "" if name == file_name else f" at `{file_name}`"
+                self._others.append(
+                    f"{wanted[name]} at `{name}`, and {entry}{where} in the file"
+                )
+                self._castable |= is_castable
+        taken = set(names.values())
+        self._left_over = {name: found[name] for name in found if name not in taken}
+
+    def __bool__(self) -> bool:
+        return bool(self._others or self._missing or self._left_over)
+
+    def __str__(self) -> str:
+        left_over = [
+            f"nothing at `{name}`, and {entry} in the file"
+            for name, entry in self._left_over.items()
+        ]
+        missing = [
+            f"{entry} at `{name}`, and nothing in the file"
+            + ("" if name == file_name else f" at `{file_name}`")
+            + self._name_nearest(file_name)
+            for name, file_name, entry in self._missing[:_MOST]
+        ]
+        missing += [""] * (len(self._missing) - len(missing))  # to be counted
+        groups = [self._others, missing, left_over]
+        return "; ".join(shorten(group, _MOST, "; ") for group in groups if group)
+
+    def _name_nearest(self, file_name: str) -> str:
+        nearest = find_nearest(file_name, self._left_over)
+        return f" (nearest: {', '.join(f'`{name}`' for name in nearest)})" if nearest else ""
+
+    @property
+    def hint(self) -> str:
+        hint = " Pass `cast=True` to convert dtypes." if self._castable else ""
+        if any("others." in name for name, _, _ in self._missing) or any(
+            "others." in name for name in self._left_over
+        ):
+            hint += " States that `func` uses are known after `step.init(batch=...)`."
+        return hint
+
+
+def find_nearest(name: str, names: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+
+
+def _rename(name: str, rename: Rename) -> str:
+    if rename is None:
+        return name
+    file_name = rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
+    if not isinstance(file_name, str):
+        raise TypeError(
+            f"`load(rename=...)` must give the name of an array in the file. Got {file_name!r} "
+            f"for `{name}`. Give a name that is not there, with `strict=False`, for what is to "
+            "stay as it is."
+        )
+    return file_name
+
+
+def check_rename(rename: Any, names: Mapping[str, Any]) -> None:
+    """Refuses what is neither a function nor a dict from the paths of arrays."""
+    if not (rename is None or callable(rename) or isinstance(rename, Mapping)):
+        raise TypeError(
+            "`load(rename=...)` must be a dict from paths in `like` to names in the file, or a "
+            f"function of a path. Got {rename!r}."
+        )
+    for name in rename if isinstance(rename, Mapping) else ():
+        if name not in names:
+            nearest = [f"`{each}`" for each in find_nearest(str(name), names)]
+            near = f" Its nearest paths are {', '.join(nearest)}." if nearest else ""
+            raise ValueError(
+                f"`load(rename=...)` must have paths of arrays in `like`. Got {name!r}.{near}"
+            )
+
+
+def offer_rename(source: Source | Shards, wanted: Mapping[str, Entry]) -> str:
+    """What to call for a file of another program, with a name of each side."""
+    found = source.entries
+    listed = shorten([f"`{name}`" for name in found], _MOST) or "nothing"
+    pairs = {
+        name: [each for each, there in found.items() if there.shape == entry.shape]
+        for name, entry in wanted.items()
+        if entry.kind == "array"
+    }
+    example = next(
+        (
+            f"{{{name!r}: {(find_nearest(name, alike) or alike)[0]!r}}}"
+            for name, alike in pairs.items()
+            if alike
+        ),
+        "{path: name}",
+    )
+    return (
+        f"It is a safetensors file of another program, with {listed}. To load it, say where "
+        f"each array of `like` is: `vg.load(path, like, rename={example})`, or by a function "
+        "of its path"
+    )

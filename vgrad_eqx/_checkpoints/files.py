@@ -1,0 +1,93 @@
+"""Files that are replaced as a whole or not at all."""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+
+def check_path(path: Any, caller: str) -> str:
+    """The path of a file, which a link may point to."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`{caller}` must be a path. Got {path!r}.")
+    path = os.fsdecode(path)
+    if not path:
+        raise ValueError(f"`{caller}` must be the path of a file. Got {path!r}.")
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"`{caller}` must be the path of a file. Got the folder {path!r}. Add the name of "
+            "a file."
+        )
+    return os.path.realpath(path)
+
+
+@contextlib.contextmanager
+def replace_file(path: str) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of `path` at the end.
+
+    It has no name before, where the system can do that, so that nothing remains of it in a
+    process that is killed.
+    """
+    part = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.part")
+    try:
+        old = os.stat(path) if os.path.exists(path) else None
+        if old is not None and not stat.S_ISREG(old.st_mode):
+            raise OSError(errno.EINVAL, "It is no file, and must not be replaced")
+        descriptor, is_named = _open_new(part)
+        with open(descriptor, "wb") as file:
+            if old is not None and os.chmod in os.supports_fd:
+                os.chmod(descriptor, stat.S_IMODE(old.st_mode))
+            yield file
+            file.flush()
+            sync(descriptor)
+            if not is_named:
+                # With a folder, though the path is absolute, or the link is not followed.
+                os.link(_name_open(descriptor), part, src_dir_fd=descriptor)
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise OSError(
+                error.errno,
+                f"`save(path=...)` cannot be written: {reason}. What was there is unchanged",
+                path,
+            ) from error
+        raise
+    # The folder keeps the name. It may be one that cannot be read, or on a system without this.
+    with contextlib.suppress(OSError):
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _open_new(path: str) -> tuple[int, bool]:
+    """A file that was not there, and whether it has its name yet."""
+    if hasattr(os, "O_TMPFILE"):
+        with contextlib.suppress(OSError):  # of a file system that cannot do it
+            descriptor = os.open(os.path.dirname(path), os.O_TMPFILE | os.O_RDWR, 0o666)
+            if os.path.exists(_name_open(descriptor)):
+                return descriptor, False
+            os.close(descriptor)
+    # `O_EXCL` follows no link.
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, 0o666), True
+
+
+def _name_open(descriptor: int) -> str:
+    return f"/proc/self/fd/{descriptor}"
+
+
+def sync(descriptor: int) -> None:
+    """Waits until a file is on the disk, where the system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise

@@ -1,0 +1,273 @@
+"""A leaf as a plain array and what is known beside it, and back."""
+
+import collections
+import functools as ft
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+
+from .._tree.state import read
+from .._tree.units import attach_unit, describe_unit, is_unit, split_unit
+
+
+class Entry(NamedTuple):
+    """What is known of an array beside its numbers."""
+
+    kind: str  # an array, a key of some kind, or a Python number
+    dtype: str
+    shape: tuple[int, ...]
+    unit: list[str] | None
+
+    def fits(self, other: "Entry") -> bool:
+        if self.kind == other.kind and self.kind.startswith("Python") and self.is_integer:
+            return other.is_integer  # whatever its size
+        # Of a unit, its size and its dimension count, and not how it is written.
+        ours, theirs = (self.unit or [])[1:], (other.unit or [])[1:]
+        return self[:3] == other[:3] and ours == theirs
+
+    def fits_cast(self, other: "Entry") -> bool:
+        """Whether `other` fits once its numbers are converted, of which none may be lost."""
+        rank, other_rank = _find_rank(self.dtype), _find_rank(other.dtype)
+        if not self.kind == other.kind == "array" or rank is None or other_rank is None:
+            return False
+        return rank >= other_rank and self.fits(other._replace(dtype=self.dtype))
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is written as a Python int is, in 64 bits or in bytes."""
+        return self[1:3] == ("int64", ()) or (self.dtype == "uint8" and len(self.shape) == 1)
+
+    def __str__(self) -> str:
+        if self.kind.startswith("Python"):
+            return f"a {self.kind}"
+        text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        if self.kind != "array":
+            text = f"a {self.kind}, {text}"
+        return text if self.unit is None else f"{text} in {self.unit[0]}"
+
+
+def _find_rank(dtype: str) -> int | None:
+    """Where a dtype stands among bools, integers, reals and complex numbers."""
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    try:
+        found = [i for i, kind in enumerate(kinds) if jnp.issubdtype(jnp.dtype(dtype), kind)]
+    except TypeError:  # a code that NumPy has no dtype for
+        return None
+    return found[0] if found else None
+
+
+_ARRAYS = jax.Array | jax.Ref | np.ndarray | np.generic | jax.ShapeDtypeStruct
+_NUMBERS = bool | int | float | complex
+
+
+def is_saved(leaf: Any) -> bool:
+    number, _ = split_unit(leaf)
+    return isinstance(number, _ARRAYS | _NUMBERS) and not isinstance(number, str | bytes)
+
+
+def is_python_number(leaf: Any) -> bool:
+    return isinstance(leaf, _NUMBERS) and not isinstance(leaf, np.generic)
+
+
+def is_key(number: Any) -> bool:
+    return hasattr(number, "dtype") and jnp.issubdtype(number.dtype, jax.dtypes.prng_key)
+
+
+def describe(leaf: Any) -> Entry:
+    number, unit = split_unit(leaf)
+    if is_key(number):
+        impl, data = _describe_key(number)
+        return Entry(f"key of {impl}", data.dtype.name, data.shape, None)
+    if is_python_number(number) and unit is None:
+        array = fetch(number)
+        return Entry(f"Python {type(number).__name__}", array.dtype.name, array.shape, None)
+    is_numpy = isinstance(number, np.ndarray | np.generic)
+    dtype = number.dtype if is_numpy else jnp.result_type(number)  # what JAX makes of it
+    return Entry("array", dtype.name, jnp.shape(number), describe_unit(unit))
+
+
+def _describe_key(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """The implementation of a key, of which the shape and the dtype suffice, and its data."""
+    impls = []
+
+    def get_data(key: jax.Array) -> jax.Array:
+        impls.append(jr.key_impl(key))
+        return jr.key_data(key)
+
+    data = jax.eval_shape(get_data, jax.ShapeDtypeStruct(key.shape, key.dtype))
+    return impls[0], data
+
+
+def fetch(leaf: Any) -> np.ndarray:
+    """The numbers of a leaf, in the order of C and with the lowest byte first."""
+    number, unit = split_unit(leaf)
+    if isinstance(number, jax.Ref):
+        number = read(number)
+    if is_key(number):
+        number = jr.key_data(number)
+    if isinstance(number, jax.Array) and not isinstance(number, jax.core.Tracer):
+        number = _share(number)
+    if is_python_number(number):
+        number = (
+            _as_array(number) if unit is None else np.asarray(number, jnp.result_type(number))
+        )
+    array = np.asarray(number, order="C")
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _share(array: jax.Array) -> jax.Array:
+    """Another array of the same buffers. JAX keeps what it copies to the host with an array."""
+    if array.is_fully_replicated:
+        return array.addressable_data(0)
+    buffers = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, buffers)
+
+
+def _as_array(number: Any) -> np.ndarray:
+    if not isinstance(number, int) or isinstance(number, bool):
+        return np.asarray(number)
+    if -(2**63) <= number < 2**63:
+        return np.asarray(number, np.int64)
+    size = number.bit_length() // 8 + 1  # with the bit of the sign
+    return np.frombuffer(number.to_bytes(size, "little", signed=True), np.uint8)
+
+
+def restore(leaf: Any, array: np.ndarray) -> Any:
+    """The array, as what stands in the place of `leaf`. It is nobody else's."""
+    number, unit = split_unit(leaf)
+    if is_python_number(number) and unit is None:
+        is_large = isinstance(number, int) and array.dtype == np.uint8
+        value = (
+            int.from_bytes(array.tobytes(), "little", signed=True) if is_large else array.item()
+        )
+        return type(number)(value)
+    if isinstance(number, np.ndarray | np.generic):
+        array = array.astype(number.dtype, copy=False)
+        return attach_unit(array if isinstance(number, np.ndarray) else array[()], unit)
+    value = array
+    if is_key(number):
+        value = jr.wrap_key_data(jnp.asarray(array), impl=_describe_key(number)[0])
+    elif getattr(number, "weak_type", False):
+        zeros = jnp.full(array.shape, array.dtype.type(0).item())
+        value = zeros.at[...].set(array) if zeros.dtype == array.dtype else array
+    # What JAX may move to other devices may be moved still.
+    is_free = isinstance(number, jax.Array) and not getattr(number, "committed", False)
+    sharding = None if is_free else getattr(number, "sharding", None)
+    value = jax.device_put(value, sharding)
+    return value if isinstance(number, jax.Ref) else attach_unit(value, unit)
+
+
+def find_obstacle(leaf: Any) -> str | None:
+    """Why a leaf can be neither saved nor left out, and what to do."""
+    number, _ = split_unit(leaf)
+    if isinstance(number, np.ndarray | np.generic) and not isinstance(number, str | bytes):
+        return _find_obstacle_of_numpy(number)
+    if isinstance(number, jax.Array) and not isinstance(number, jax.core.Tracer):
+        if not (number.is_fully_addressable or number.is_fully_replicated):
+            return (
+                "an array that is spread over several hosts. Save it by orbax, of which each "
+                "host writes its share"
+            )
+    elif not is_saved(leaf) and _holds_array(leaf):
+        return (
+            f"a `{type(leaf).__name__}`, which holds arrays and is no pytree. Register its "
+            "class, say as an `equinox.Module`, or put its arrays into a dict"
+        )
+    return None
+
+
+def _find_obstacle_of_numpy(array: Any) -> str | None:
+    if isinstance(array, np.ma.MaskedArray):
+        return "a masked array. Put its `data` and its `mask` into a dict"
+    if isinstance(array, np.ndarray) and type(array) not in (np.ndarray, np.memmap):
+        return f"a `{type(array).__name__}`. Make it a plain array by `numpy.asarray`"
+    if array.dtype.names or array.dtype.subdtype:
+        return "a structured array. Put its fields into a dict"
+    if not _has_numbers(array.dtype):
+        return (
+            f"an array of {array.dtype}, which are no numbers. Keep it as a list, which is "
+            "left out, or write it to a file of its own"
+        )
+    return None
+
+
+def _has_numbers(dtype: Any) -> bool:
+    return dtype.kind in "bmM" or jnp.issubdtype(dtype, np.number)
+
+
+# They are left out, whatever they close over.
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+_HARMLESS = (str, bytes, type, np.dtype, *_FUNCTIONS)
+_MOST_OBJECTS = 10_000  # in 10 ms, of an object that holds half of a program
+
+
+def _holds_array(leaf: Any) -> bool:
+    """Whether an object that is no pytree holds an array, which would be left out with it."""
+    seen: dict[int, Any] = {}  # and alive, so that each `id` is its own
+    pending = collections.deque([leaf])
+    while pending and len(seen) < _MOST_OBJECTS:
+        node = pending.popleft()
+        if isinstance(node, _HARMLESS) or is_unit(node) or id(node) in seen:
+            continue
+        seen[id(node)] = node
+        if _is_array(node):
+            return True
+        pending.extend(jtu.tree_leaves(_list_parts(node)))
+    return False
+
+
+def _is_array(node: Any) -> bool:
+    number, _ = split_unit(node)
+    if isinstance(number, np.ndarray | np.generic):
+        return isinstance(number, np.ndarray) and _has_numbers(number.dtype)
+    return isinstance(number, _ARRAYS) or hasattr(node, "__array__")
+
+
+def _list_parts(node: Any) -> list[Any]:
+    if hasattr(node, "__wrapped__"):  # a function, compiled or with rules of its own
+        return []
+    if isinstance(node, ft.partial):
+        return [node.args, node.keywords]
+    parts = [getattr(node, "__dict__", {})]
+    for node_type in type(node).__mro__:
+        slots = node_type.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            parts.append(getattr(node, name, None))
+    if isinstance(node, Mapping):
+        parts += node.values()
+    elif isinstance(node, list | tuple | set | frozenset | collections.deque | np.ndarray):
+        parts += node
+    return parts
+
+
+def cast_array(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
+    """The same numbers in another dtype, up to rounding."""
+    if array.dtype.name == dtype:
+        return array
+    with np.errstate(all="ignore"):
+        cast = array.astype(jnp.dtype(dtype))
+    if jnp.issubdtype(cast.dtype, jnp.inexact):
+        is_lost = bool(np.any(np.isfinite(array) & ~np.isfinite(cast)))
+    else:
+        limits = (0, 1) if cast.dtype == bool else _find_limits(cast.dtype)
+        is_lost = array.size > 0 and not (
+            limits[0] <= int(array.min()) and int(array.max()) <= limits[1]
+        )
+    if is_lost:
+        raise ValueError(
+            f"{what} has numbers that are too large for {dtype}: `load(cast=True)` converts "
+            f"{array.dtype.name} only where none is lost."
+        )
+    return cast
+
+
+def _find_limits(dtype: Any) -> tuple[int, int]:
+    info = jnp.iinfo(dtype)
+    return int(info.min), int(info.max)
