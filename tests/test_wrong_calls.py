@@ -23,7 +23,7 @@ TREE = {"a": ONES, "b": {"c": 2 * ONES}, "n": 3, "none": None}
 LONG = {f"layer_{i}_{'x' * 100}": ONES for i in range(100)}
 WEIGHT = vg.State(ONES, name="weight")
 SGD = optax.sgd(0.1)
-Q = ONES * u.ms
+Q: Any = ONES * u.ms
 
 
 class Odd:

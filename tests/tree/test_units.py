@@ -96,7 +96,7 @@ DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_and_norms_are_in_float32_and_results_in_the_dtype_of_the_leaf(dtype):
-    leaf, update = jnp.asarray([3.0, 4.0], dtype), jnp.asarray([0.5, 1.0])
+    leaf, update = jnp.asarray([3.0, 4.0], dtype), jnp.asarray([0.5, 1.0], "float32")
     with jax.numpy_dtype_promotion("strict"):
         norms = vg.grad_norms({"w": leaf})
         new = vg.apply_updates({"w": leaf}, {"w": update})["w"]
@@ -114,7 +114,7 @@ def test_training_under_strict_promotion(dtype, accumulate):
     loss = lambda m, x: jnp.sum((m["w"].astype("float32") * x) ** 2)
     for tx in (optax.sgd(0.125), vg.unitful(optax.sgd(0.125), scale={"*": 1.0})):
         step = vg.train_step(loss, tx, accumulate=accumulate, grad_norms=True)
-        batch = jnp.ones(2) if accumulate == 1 else jnp.ones((2, 2))
+        batch = jnp.ones(2 if accumulate == 1 else (2, 2), "float32")
         with jax.numpy_dtype_promotion("strict"):
             state, metrics = step(step.init({"w": jnp.asarray([1.0, 2.0], dtype)}), batch)
         assert state.model["w"].dtype == dtype

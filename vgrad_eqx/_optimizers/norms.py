@@ -121,7 +121,7 @@ def _parse_history(history: Any) -> list[Mapping[str, Any]]:
     """The steps, also those of an iterator."""
     caller = "`plot_grad_norms(history=...)`"
     is_steps = isinstance(history, Iterable) and not isinstance(history, Mapping | str)
-    steps = list(history) if is_steps else [None]
+    steps: list[Any] = list(history) if is_steps else [None]
     for step in steps:
         if not isinstance(step, Mapping):
             given = f"{show(step)} in it" if is_steps else show(history)
