@@ -218,6 +218,19 @@ def test_a_process_that_is_killed_often_leaves_a_whole_checkpoint(path):
     kill(path, 200)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured by Linux")
+def test_memory_is_that_of_the_largest_array(path):
+    script = Path(__file__).parent / "measure_memory.py"
+    result = subprocess.run(
+        [sys.executable, script, path], capture_output=True, text=True, check=True
+    )
+    saving, loading = map(int, result.stdout.split())
+    size, largest = 100e6, 5e6
+    assert saving <= largest
+    assert loading <= size + 2 * largest
+
+
 AT_EXIT = """
 import atexit
 import sys

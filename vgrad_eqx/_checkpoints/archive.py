@@ -87,17 +87,19 @@ def write_archive(
         offset += size
     digest = Digest(metadata["entries"])
     file.write(_format_header(tensors, {**metadata, "digest": "0" * 64}))
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        # The disk works while the rest is fetched, hashed and written.
-        syncing, synced = _start(pool, sync, file.fileno()), 0
+    # The disk works while the rest is fetched, hashed and written, with a thread of its own.
+    syncs: list[Future[None]] = []
+    synced = 0
+    with ThreadPoolExecutor(NUM_THREADS + 1) as pool:
         for name in tensors:
             for chunk in split_chunks(view_bytes(fetch(name))):
                 digest.update(chunk, pool)
                 file.write(chunk)
-                if file.tell() - synced >= _SYNCED and syncing.done():
-                    syncing.result()
-                    syncing, synced = _start(pool, sync, file.fileno()), file.tell()
-        syncing.result()
+                if file.tell() - synced >= _SYNCED and all(each.done() for each in syncs):
+                    syncs.append(_start(pool, sync, file.fileno()))
+                    synced = file.tell()
+    for each in syncs:
+        each.result()
     file.seek(0)
     file.write(_format_header(tensors, {**metadata, "digest": digest.finish()}))
 
