@@ -1,33 +1,11 @@
 """What a training step takes and returns."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.tree_util as jtu
 
-from .module_step import ModuleStep
-from .state_step import StateStep
-
-
-class Run:
-    """What stays the same from state to state."""
-
-    __slots__ = ("compiled", "frozen", "lineage", "owner", "flat_step", "steps")
-
-    def __init__(self, flat_step: Any, frozen: Any, lineage: Any = None):
-        self.flat_step = flat_step
-        self.owner = flat_step.owner
-        self.compiled = flat_step.compiled
-        self.steps = flat_step.steps_per_call
-        self.frozen = frozen
-        self.lineage = lineage
-
-
-class Lineage:
-    """States that were made of one another, of which only the latest is alive."""
-
-    latest: Any = None
+from .flat_step import FlatStep
 
 
 class TrainState:
@@ -73,50 +51,53 @@ class TrainState:
     """
 
     # Few, because setting each takes a share of the time of a step.
-    __slots__ = ("_model", "count", "leaves", "run")
+    __slots__ = ("_model", "count", "flat_step", "frozen", "leaves", "newest")
 
-    def __init__(self, run: Run, leaves: Any, count: Any):
-        self.run = run
+    def __init__(
+        self, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any, newest: Any = None
+    ):
+        self.flat_step = flat_step
+        self.frozen = frozen
         self.leaves = leaves
         self.count = count
+        # In a `with` block, a list of the latest state that was made of the first one.
+        self.newest = newest
 
     @property
     def model(self) -> Any:
-        self.check()
+        self._check_kind(False, "model")
         if not hasattr(self, "_model"):
-            flat_step = self._get_step(ModuleStep, "model", "Read the states after `sync()`.")
-            self._model = flat_step.get_model(self.leaves, self.run.frozen)
+            self._model = self.flat_step.get_model(self.leaves, self.frozen)
         return self._model
 
     @property
     def optimizer(self) -> Any:
         self.check()
-        return self.run.flat_step.get_optimizer(self.leaves, self.count)
+        return self.flat_step.get_optimizer(self.leaves, self.count)
 
     @property
     def nn_state(self) -> Any:
-        self.check()
-        flat_step = self._get_step(ModuleStep, "nn_state", "Read the states after `sync()`.")
-        return flat_step.get_nn_state(self.leaves)
+        self._check_kind(False, "nn_state")
+        return self.flat_step.get_nn_state(self.leaves)
 
     @property
     def key(self) -> Any:
         self.check()
-        keys = self.run.flat_step.copy(self.leaves, self.run.flat_step.key)
-        return self.run.flat_step.wrap_key(keys[0]) if keys else None
+        return self.flat_step.get_key(self.leaves)
 
     def sync(self) -> None:
         """Sets the states by reference to the values that are carried."""
-        self.check()
-        flat_step = self._get_step(StateStep, "sync", "Its module is `model`.")
-        flat_step.sync(self.leaves, self.count)
+        self._check_kind(True, "sync")
+        self.flat_step.sync(self.leaves, self.count)
 
     def __enter__(self) -> "TrainState":
-        self._get_step(StateStep, "with", "Its module is `model`.")
+        self._check_kind(True, "with")
+        if self.newest is None:
+            self.newest = [self]
         return self
 
     def __exit__(self, *args: object) -> None:
-        self.run.lineage.latest.sync()
+        self.newest[0].sync()
 
     def check(self) -> None:
         """Refuses a state that was taken over."""
@@ -130,26 +111,24 @@ class TrainState:
     def to_tree(self) -> dict[str, Any]:
         """All arrays by name, for a checkpoint."""
         self.check()
-        return {"count": self.count, **self.run.flat_step.to_tree(self.leaves, self.run.frozen)}
+        return {"count": self.count, **self.flat_step.to_tree(self.leaves, self.frozen)}
 
     def from_tree(self, tree: dict[str, Any]) -> "TrainState":
         """A state like this one, of such arrays."""
-        flat_step = self.run.flat_step
-        leaves, frozen = flat_step.from_tree(tree)
-        state = TrainState(Run(flat_step, frozen, self.run.lineage), leaves, tree["count"])
-        if self.run.lineage is not None:
-            self.run.lineage.latest = state
-        return state
+        leaves, frozen = self.flat_step.from_tree(tree)
+        return TrainState(self.flat_step, frozen, leaves, tree["count"])
 
     @property
     def is_donated(self) -> bool:
         return any(isinstance(x, jax.Array) and x.is_deleted() for x in self.leaves)
 
-    def _get_step(self, kind: Any, name: str, instead: str) -> Any:
-        if not isinstance(self.run.flat_step, kind):
-            over = "states by reference" if kind is ModuleStep else "a module"
+    def _check_kind(self, over_states: bool, name: str) -> None:
+        self.check()
+        if over_states == (self.flat_step.states is None):
+            over, instead = ("a module", "Its module is `model`.")
+            if not over_states:
+                over, instead = "states by reference", "Read the states after `sync()`."
             raise TypeError(f"`TrainState.{name}` is not for a state of {over}. {instead}")
-        return self.run.flat_step
 
     def __repr__(self) -> str:
         if self.is_donated:
@@ -157,13 +136,13 @@ class TrainState:
         return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
 
 
-def _flatten(state: TrainState) -> tuple[Sequence[Any], Any]:
-    return (state.leaves, state.run.frozen, state.count), state.run
+def _flatten(state: TrainState) -> tuple[Any, FlatStep]:
+    return (state.leaves, state.frozen, state.count), state.flat_step
 
 
-def _unflatten(run: Run, children: Sequence[Any]) -> TrainState:
+def _unflatten(flat_step: FlatStep, children: Any) -> TrainState:
     leaves, frozen, count = children
-    return TrainState(Run(run.flat_step, frozen, run.lineage), leaves, count)
+    return TrainState(flat_step, frozen, leaves, count)
 
 
 jtu.register_pytree_node(TrainState, _flatten, _unflatten)

@@ -17,10 +17,9 @@ from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
-from .flat_step import Metrics, Options
-from .module_step import ModuleStep
-from .state_step import StateStep, UnknownStates
-from .train_state import Lineage, Run, TrainState
+from .flat_step import FlatStep, list_names, Metrics, Options
+from .over_states import StateFunction, UnknownStates
+from .train_state import TrainState
 
 
 class TrainStep:
@@ -85,31 +84,67 @@ class TrainStep:
         - `TypeError`: without a `model`, or with one for states by reference.
         - `ValueError`: as [`vgrad_eqx.Optimizer`][]; if `optimizer` is of another selection.
         """
-        if model is None:
-            raise TypeError(
-                "`train_step(...).init(model)` needs the module, of which `grad_states` "
-                "selects leaves. Got none."
-            )
+        states = None
+        if self._grad_states.by_reference:
+            optimizer, states = self._init_over_states(model, nn_state, optimizer)
+            model, nn_state = states.params, []
         flat = FlatTree(model)
-        selector = ft.reduce(operator.or_, self._grad_states.entries)
-        names = select(flat, selector, "train_step(grad_states=...)").names
-        if optimizer is None:
-            optimizer = Optimizer(self._options.tx, model, selector)
-        elif not isinstance(optimizer, Optimizer) or optimizer.names != names:
-            raise ValueError(
-                "`init(optimizer=...)` must be a `vg.Optimizer` of the leaves that "
-                f"`grad_states` selects, {_list(names)}. Got "
-                f"{_list(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
-                "`optimizer.reselect(model, selector)`."
-            )
-        flat_step = ModuleStep(self, self._options, flat, optimizer, key, nn_state)
+        if states is None:
+            optimizer = self._init_optimizer(model, flat, optimizer)
+        flat_step = FlatStep(self, self._options, flat, optimizer, key, nn_state, states)
         known = self._flat_steps.get(flat_step.signature)
         if known is None:
             self._flat_steps.set(flat_step.signature, flat_step)
         else:
             flat_step = known
         leaves, frozen = flat_step.start(flat, optimizer, key, nn_state)
-        return TrainState(Run(flat_step, frozen), leaves, int(optimizer.count))
+        state = TrainState(flat_step, frozen, leaves, int(optimizer.count))
+        if states is None or batch is None:
+            return state
+        try:
+            jax.eval_shape(flat_step.run, leaves, frozen, tuple(batch))
+        except UnknownStates as unknown:
+            return _extend(state, unknown)
+        return state
+
+    def _init_optimizer(self, model: Any, flat: FlatTree, optimizer: Any) -> Optimizer:
+        if model is None:
+            raise TypeError(
+                "`train_step(...).init(model)` needs the module, of which `grad_states` "
+                "selects leaves. Got none."
+            )
+        selector = ft.reduce(operator.or_, self._grad_states.entries)
+        names = select(flat, selector, "train_step(grad_states=...)").names
+        if optimizer is None:
+            return Optimizer(self._options.tx, model, selector)
+        if not isinstance(optimizer, Optimizer) or optimizer.names != names:
+            raise ValueError(
+                "`init(optimizer=...)` must be a `vg.Optimizer` of the leaves that "
+                f"`grad_states` selects, {list_names(names)}. Got "
+                f"{list_names(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
+                "`optimizer.reselect(model, selector)`."
+            )
+        return optimizer
+
+    def _init_over_states(
+        self, model: Any, nn_state: Any, optimizer: Any
+    ) -> tuple[Optimizer, StateFunction]:
+        if model is not None or nn_state is not None:
+            raise TypeError(
+                "`train_step(grad_states=...)` names states by reference, so `init` takes "
+                f"no module. Got {eqx.tree_pformat(nn_state if model is None else model)}. "
+                "Let `func` close over it."
+            )
+        states = self._grad_states.unflatten(self._grad_states.entries)
+        if optimizer is None:
+            optimizer = StateOptimizer(self._options.tx, states)
+        elif not isinstance(optimizer, StateOptimizer) or not _is_same(optimizer, states):
+            raise ValueError(
+                "`init(optimizer=...)` must be a `vg.StateOptimizer` of the states that "
+                f"`grad_states` names, {eqx.tree_pformat(states)}. Got "
+                f"{eqx.tree_pformat(getattr(optimizer, 'states', optimizer))}."
+            )
+        return optimizer.memory.value, StateFunction(self._options, optimizer)
 
     def __call__(self, state: TrainState, /, *batch: Any) -> tuple[TrainState, Metrics]:
         """Takes the steps of one call, and takes over the arrays of `state`.
@@ -133,19 +168,29 @@ class TrainStep:
             [`vgrad_eqx.vector_grad`][]. The state can still be used then.
         """
         try:
-            run = state.run
-            if run.owner is not self:
+            flat_step = state.flat_step
+            if flat_step.owner is not self:
                 raise ValueError
-            leaves, value, aux, norms = run.compiled(state.leaves, run.frozen, batch)
+            frozen = state.frozen
+            leaves, value, aux, norms = flat_step.compiled(state.leaves, frozen, batch)
+        except UnknownStates as unknown:
+            return self(_extend(state, unknown), *batch)
         except Exception:
             self._check(state)
             raise
-        return TrainState(run, leaves, state.count + run.steps), Metrics(value, aux, norms)
+        count, newest = state.count + flat_step.steps_per_call, state.newest
+        following = TrainState(flat_step, frozen, leaves, count, newest)
+        if newest is not None:
+            newest[0] = following
+        return following, Metrics(value, aux, norms)
 
     def lower(self, state: TrainState, /, *batch: Any) -> Any:
         """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
         self._check(state)
-        return state.run.compiled.lower(state.leaves, state.run.frozen, batch)
+        try:
+            return state.flat_step.compiled.lower(state.leaves, state.frozen, batch)
+        except UnknownStates as unknown:
+            return self.lower(_extend(state, unknown), *batch)
 
     def _check(self, state: Any) -> None:
         """Refuses what a step cannot take."""
@@ -154,74 +199,12 @@ class TrainStep:
                 "A training step takes the `TrainState` of `init`, and then the batch: "
                 f"`state, metrics = step(state, *batch)`. Got {eqx.tree_pformat(state)}."
             )
-        if state.run.owner is not self:
+        if state.flat_step.owner is not self:
             raise ValueError(
                 "A training step takes a state of its own. Got one of another `train_step`. "
                 "Make one by `step.init(state.model, optimizer=state.optimizer)`."
             )
         state.check()
-
-
-class StateTrainStep(TrainStep):
-    """A training step over states by reference."""
-
-    def init(
-        self,
-        model: Any = None,
-        *,
-        key: Any = None,
-        nn_state: Any = None,
-        optimizer: Any = None,
-        batch: Any = None,
-    ) -> TrainState:
-        if model is not None or nn_state is not None:
-            raise TypeError(
-                "`train_step(grad_states=...)` names states by reference, so `init` takes "
-                f"no module. Got {eqx.tree_pformat(nn_state if model is None else model)}. "
-                "Let `func` close over it."
-            )
-        states = self._grad_states.unflatten(self._grad_states.entries)
-        if optimizer is None:
-            optimizer = StateOptimizer(self._options.tx, states)
-        elif not isinstance(optimizer, StateOptimizer) or not _is_same(optimizer, states):
-            raise ValueError(
-                "`init(optimizer=...)` must be a `vg.StateOptimizer` of the states that "
-                f"`grad_states` names, {eqx.tree_pformat(states)}. Got "
-                f"{eqx.tree_pformat(getattr(optimizer, 'states', optimizer))}."
-            )
-        flat_step = StateStep(self, self._options, optimizer, key)
-        lineage = Lineage()
-        state = TrainState(Run(flat_step, (), lineage), flat_step.start(), int(optimizer.count))
-        lineage.latest = state
-        if batch is None:
-            return state
-        try:
-            jax.eval_shape(flat_step.run, state.leaves, (), tuple(batch))
-        except UnknownStates as unknown:
-            return _extend(state, unknown)
-        return state
-
-    def __call__(self, state: TrainState, /, *batch: Any) -> tuple[TrainState, Metrics]:
-        # All of it again, because a call of the method above would take time at each step.
-        try:
-            run = state.run
-            if run.owner is not self:
-                raise ValueError
-            leaves, value, aux, norms = run.compiled(state.leaves, run.frozen, batch)
-        except UnknownStates as unknown:
-            return self(_extend(state, unknown), *batch)
-        except Exception:
-            self._check(state)
-            raise
-        following = TrainState(run, leaves, state.count + run.steps)
-        run.lineage.latest = following
-        return following, Metrics(value, aux, norms)
-
-    def lower(self, state: TrainState, /, *batch: Any) -> Any:
-        try:
-            return super().lower(state, *batch)
-        except UnknownStates as unknown:
-            return self.lower(_extend(state, unknown), *batch)
 
 
 def train_step(
@@ -315,16 +298,13 @@ def train_step(
     options = Options(
         func, tx, has_aux, check_states, steps_per_call, accumulate, packed, grad_norms
     )
-    return (StateTrainStep if parsed.by_reference else TrainStep)(options, parsed)
+    return TrainStep(options, parsed)
 
 
 def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
     """The same state, which carries the values of more states by reference."""
-    run = state.run
-    flat_step, leaves = run.flat_step.extend(state.leaves, unknown.refs)
-    extended = TrainState(Run(flat_step, run.frozen, run.lineage), leaves, state.count)
-    run.lineage.latest = extended
-    return extended
+    flat_step, leaves = state.flat_step.extend(state.leaves, unknown)
+    return TrainState(flat_step, state.frozen, leaves, state.count, state.newest)
 
 
 def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
@@ -333,7 +313,3 @@ def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
     ]
     (ours, structure), (theirs, other) = entries
     return structure == other and all(map(operator.is_, ours, theirs))
-
-
-def _list(names: Any) -> str:
-    return ", ".join(f"`{name}`" for name in names)
