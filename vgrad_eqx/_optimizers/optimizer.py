@@ -15,7 +15,17 @@ from .._tree.flat import FlatTree, replace_at
 from .._tree.text import near_misses
 from .._tree.units import attach_unit, split_unit
 from .fingerprint import Fingerprinted
-from .groups import Groups, make_groups, precompose
+from .partition import (
+    assign,
+    carry_over,
+    check_tx,
+    Entry,
+    Groups,
+    locate,
+    make_partition,
+    precompose,
+    strengthen,
+)
 from .unitful import UnitfulState
 
 
@@ -65,19 +75,32 @@ class Optimizer(eqx.Module):
     opt_state: Any
     count: jax.Array
     tx: Fingerprinted = eqx.field(static=True)
-    groups: Groups = eqx.field(static=True)
+    groups: Groups | None = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, tx: Any, model: Any, selector: Any = True):
         flat = FlatTree(model)
         chosen = select(flat, as_selector(selector), "Optimizer(selector=...)")
+        check_tx(tx, "Optimizer(tx=...)")
         self.tx = Fingerprinted(tx)
         self.names = chosen.names
-        self.groups = make_groups(tx, flat, chosen, "Optimizer(tx=...)")
         params = {name: flat.leaves[i] for i, name in zip(*chosen, strict=True)}
-        self.opt_state = self.groups.init(params)
-        _check_units(self.groups, self.opt_state, params)
+        is_partition = isinstance(tx, dict)
+        self.groups = assign(tx, flat, chosen, "Optimizer(tx=...)") if is_partition else None
+        self.opt_state = jtu.tree_map(strengthen, self._transformation.init(params))
+        _check_units(self.opt_state, params)
         self.count = jnp.zeros((), jnp.int32)
+
+    @property
+    def _transformation(self) -> optax.GradientTransformationExtraArgs:
+        if self.groups is None:
+            return optax.with_extra_args_support(self.tx.value)
+        return make_partition(self.tx.value, lambda _: self.groups)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The leaves of the `opt_state`, and what they belong to."""
+        return list(locate(self.opt_state, self.names))
 
     def params(self, model: Any) -> dict[str, Any]:
         """The leaves of a module that are updated, by their path."""
@@ -119,7 +142,7 @@ class Optimizer(eqx.Module):
         flat = FlatTree(model)
         indices = _find(flat, self.names)
         params = {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
-        with_units = _find_unitful(self.groups, self.opt_state)
+        with_units = _find_unitful(self.opt_state)
         grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
         if extra_args.get("grad") is not None:
             given = extra_args["grad"]
@@ -132,10 +155,13 @@ class Optimizer(eqx.Module):
 
             extra_args["value_fn"] = precompose(extra_args["value_fn"], rebuild)
         try:
-            updates, opt_state = self.groups.update(grads, self.opt_state, params, extra_args)
+            updates, opt_state = self._transformation.update(
+                grads, self.opt_state, params, **extra_args
+            )
         except Exception as error:
             self._check_state(params, error)
             raise
+        opt_state = jtu.tree_map(strengthen, opt_state)
         new = [
             add(leaf, updates[name], f"The update of `{caller}` at `{name}`")
             for name, leaf in params.items()
@@ -168,16 +194,14 @@ class Optimizer(eqx.Module):
             keeps one array for all leaves together.
         """
         fresh = Optimizer(self.tx.value if tx is None else tx, model, selector)
-        opt_state = fresh.groups.carry_over(
-            fresh.opt_state, self.groups, self.opt_state, "Optimizer.reselect"
-        )
+        leaves = carry_over(fresh.entries, self.entries, set(self.names))
+        opt_state = jtu.tree_unflatten(jtu.tree_structure(fresh.opt_state), leaves)
         where = lambda opt: (opt.opt_state, opt.count)
         return eqx.tree_at(where, fresh, (opt_state, self.count))
 
     def _check_state(self, params: dict[str, Any], error: Exception) -> None:
         """Says so if an error comes from the state of another selection."""
-        init = self.groups.init
-        expected = jtu.tree_structure(jax.eval_shape(init, params))
+        expected = jtu.tree_structure(jax.eval_shape(self._transformation.init, params))
         if jtu.tree_structure(self.opt_state) != expected:
             raise ValueError(
                 "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
@@ -185,6 +209,15 @@ class Optimizer(eqx.Module):
                 f"{eqx.tree_pformat(self.opt_state)}. To change what is trained, use "
                 "`reselect`."
             ) from error
+
+
+def check_structure(old: Optimizer, new: Optimizer, caller: str, instead: str) -> None:
+    """Refuses the next optimizer where each must be of one structure."""
+    if jtu.tree_structure(old) != jtu.tree_structure(new):
+        raise ValueError(
+            f"`{caller}(tx=...)` must be a transformation whose state keeps its structure. Got "
+            f"one whose first step changes it, as that of `optax.monitor`. {instead}"
+        )
 
 
 def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
@@ -200,22 +233,18 @@ def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
     return [places[name] for name in names]
 
 
-def _find_unitful(groups: Groups, opt_state: Any) -> set[str]:
+def _find_unitful(opt_state: Any) -> set[str]:
     """The paths of the parameters of which optax does not see the units."""
 
     def is_unitful(node: Any) -> bool:
         return isinstance(node, UnitfulState)
 
-    return {
-        name
-        for group, state in zip(groups.groups, groups.split(opt_state), strict=True)
-        if any(map(is_unitful, jtu.tree_leaves(state, is_leaf=is_unitful)))
-        for name in group.names
-    }
+    nodes = filter(is_unitful, jtu.tree_leaves(opt_state, is_leaf=is_unitful))
+    return {name for node in nodes for name, _ in node.units.by_path}
 
 
-def _check_units(groups: Groups, opt_state: Any, params: dict[str, Any]) -> None:
-    with_units = _find_unitful(groups, opt_state)
+def _check_units(opt_state: Any, params: dict[str, Any]) -> None:
+    with_units = _find_unitful(opt_state)
     for name, leaf in params.items():
         if split_unit(leaf)[1] is not None and name not in with_units:
             raise TypeError(

@@ -11,11 +11,10 @@ import jax.tree_util as jtu
 from .._references.trace import call_with
 from .._references.values import StateValues
 from .._select.grad_states import parse_grad_states
-from .._tree.flat import FlatTree
 from .._tree.sharding import spread
 from .._tree.state import State, write
 from .._tree.units import split_unit
-from .optimizer import Optimizer
+from .optimizer import check_structure, Optimizer
 
 
 class StateOptimizer(eqx.Module):
@@ -110,13 +109,9 @@ class StateOptimizer(eqx.Module):
             extra_args["grad"] = self._name(values, extra_args["grad"], f"{caller}(grad=...)")
         if extra_args.get("value_fn") is not None:
             extra_args["value_fn"] = _over_params(extra_args["value_fn"], values)
-        params, optimizer = self.memory.value.advance(params, grads, extra_args, caller)
-        if FlatTree(optimizer).structure != self.memory.content.rest.structure:
-            raise ValueError(
-                "`StateOptimizer(tx=...)` must be a transformation whose state keeps its "
-                "structure. Got one whose first step changes it, as that of `optax.monitor`. "
-                "Use `vg.Optimizer` for it."
-            )
+        old = self.memory.value
+        params, optimizer = old.advance(params, grads, extra_args, caller)
+        check_structure(old, optimizer, "StateOptimizer", "Use `vg.Optimizer` for it.")
         self.memory.value = optimizer
         for ref, name in zip(values.refs.values(), values.names, strict=True):
             write(ref, split_unit(params[name])[0], f"The state `{name}`")

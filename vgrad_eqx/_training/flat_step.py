@@ -15,7 +15,7 @@ import numpy as np
 from .._gradients.engine import make_transform, Operator, pull_back
 from .._gradients.flat_function import split_output
 from .._optimizers.norms import grad_norms
-from .._optimizers.optimizer import Optimizer
+from .._optimizers.optimizer import check_structure, Optimizer
 from .._select.selectors import Indices
 from .._tree.flat import FlatTree, Rest, split_arrays
 from .._tree.sharding import constrain, find_sharding, spread
@@ -218,19 +218,17 @@ class FlatStep:
         if self.states is not None:
             aux, written = aux
             model = {**model, **self._take_last(written)}
-        model, optimizer = optimizer.step(
-            model, grads, value=value, grad=grads, value_fn=evaluate
+        extra_args = {"value": value, "grad": grads, "value_fn": evaluate}
+        model, following = optimizer.step(model, grads, **extra_args)
+        check_structure(
+            optimizer,
+            following,
+            "train_step",
+            "Take that step by a `vg.Optimizer`, and go on by `step.init(model, optimizer=opt)`.",
         )
         params = list(optimizer.params(model).values())
-        carry = Carry(params, optimizer.opt_state, keys, result.nn_state)
-        arrays, structure = jtu.tree_flatten(carry)
-        if structure != self._carry:
-            raise ValueError(
-                "`train_step(tx=...)` must be a transformation whose state keeps its "
-                "structure. Got one whose first step changes it, as that of `optax.monitor`. "
-                "Take that step by a `vg.Optimizer`, and go on by `step.init(model, "
-                "optimizer=opt)`."
-            )
+        carry = Carry(params, following.opt_state, keys, result.nn_state)
+        arrays = jtu.tree_leaves(carry)
         norms = grad_norms(grads) if self.options.grad_norms else None
         return arrays, Metrics(result.value, aux, norms)
 
@@ -360,8 +358,8 @@ def _is_array(leaf: Any) -> bool:
 
 def _list_kinds(carry: Carry, optimizer: Optimizer) -> list[Hashable]:
     """The kind of each array. Those of one kind are packed together."""
-    slots = optimizer.groups.find_slots(carry.opt_state)
-    of_state = [None if name is None else slot for slot, name in slots]
+    entries = optimizer.entries
+    of_state = [None if each.name is None else (each.path, each.group) for each in entries]
     others = jtu.tree_leaves((carry.key, carry.nn_state))
     return [*["parameter"] * len(carry.params), *of_state, *[None] * len(others)]
 

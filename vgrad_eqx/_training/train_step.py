@@ -9,8 +9,8 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._optimizers.groups import check_tx
 from .._optimizers.optimizer import Optimizer
+from .._optimizers.partition import check_tx
 from .._optimizers.state_optimizer import StateOptimizer
 from .._select.grad_states import GradStates, parse_grad_states
 from .._select.selectors import select

@@ -1,0 +1,214 @@
+"""An optax transformation for each group of the parameters in a flat dict."""
+
+import functools as ft
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+
+from .._select.selectors import as_selector, select, Selection
+from .._tree.flat import FlatTree
+
+
+# For each group its label, and the paths of its parameters.
+Groups = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@jtu.register_pytree_with_keys_class
+class GroupStates(dict[str, Any]):
+    """The optax state of each group, by its label. What belongs to which is static."""
+
+    def __init__(self, groups: Groups, states: Sequence[Any]):
+        super().__init__(zip([label for label, _ in groups], states, strict=True))
+        self.groups = groups
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Groups]:
+        return [(jtu.DictKey(label), self[label]) for label, _ in self.groups], self.groups
+
+    @classmethod
+    def tree_unflatten(cls, groups: Groups, states: Sequence[Any]) -> "GroupStates":
+        return cls(groups, states)
+
+
+def make_partition(
+    txs: Mapping[Any, Any], find_groups: Callable[[Any], Groups]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation for each of the groups, in the order of `txs`."""
+    inner = [optax.with_extra_args_support(tx) for tx in txs.values()]
+
+    def init(params: Any) -> GroupStates:
+        groups = find_groups(params)
+        pairs = zip(inner, groups, strict=True)
+        states = [tx.init(_pick(names, params)) for tx, (_, names) in pairs]
+        return GroupStates(groups, states)
+
+    def update(
+        updates: Any, state: GroupStates, params: Any = None, **extra_args: Any
+    ) -> tuple[dict[str, Any], GroupStates]:
+        new_updates, states = {}, []
+        for tx, (label, names) in zip(inner, state.groups, strict=True):
+            group_params = None if params is None else _pick(names, params)
+            extra = _narrow(extra_args, names, params)
+            new, inner_state = tx.update(
+                _pick(names, updates), state[label], group_params, **extra
+            )
+            new_updates.update(new)
+            states.append(inner_state)
+        return {name: new_updates[name] for name in updates}, GroupStates(state.groups, states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: by_path[name] for name in names}
+
+
+def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: Any) -> dict[str, Any]:
+    """The extra arguments of `update`, for the parameters of one group."""
+    narrowed = dict(extra_args)
+    if extra_args.get("grad") is not None:
+        narrowed["grad"] = _pick(names, extra_args["grad"])
+    if extra_args.get("value_fn") is not None:
+        narrowed["value_fn"] = precompose(
+            extra_args["value_fn"], lambda part: {**params, **part}
+        )
+    return narrowed
+
+
+def precompose(value_fn: Callable[..., Any], prepare: Callable[[Any], Any]) -> Any:
+    """The function of what is to be prepared first. Optax reads the names of its arguments."""
+
+    @ft.wraps(value_fn)
+    def prepared(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return value_fn(prepare(params), *args, **kwargs)
+
+    return prepared
+
+
+def assign(
+    txs: Mapping[Any, Any], flat: FlatTree, chosen: Selection, caller: str
+) -> Groups:
+    """Puts each chosen leaf into one group."""
+    groups, homes = [], {}
+    for label, selector in zip(_make_labels(list(txs)), txs, strict=True):
+        selected = set(select(flat, as_selector(selector), caller).indices)
+        names = tuple([n for i, n in zip(*chosen, strict=True) if i in selected])
+        if not names:
+            raise ValueError(
+                f"`{caller}` must give a leaf to each group. Got none for {label!r}, because "
+                "`selector` chooses no leaf of it. Leave the group out, or choose more."
+            )
+        for name in names:
+            if name in homes:
+                raise ValueError(
+                    f"`{caller}` must put each chosen leaf into one group. Got `{name}` in "
+                    f"two: {homes[name]!r} and {label!r}. Narrow one of them, say by "
+                    "`a & ~b`."
+                )
+            homes[name] = label
+        groups.append((label, names))
+    homeless = [f"`{name}`" for name in chosen.names if name not in homes]
+    if homeless:
+        raise ValueError(
+            f"`{caller}` must put each chosen leaf into one group. Got {', '.join(homeless)} "
+            "in none. Add a group, or freeze what is in none by a narrower `selector`."
+        )
+    return tuple(groups)
+
+
+def _make_labels(selectors: list[Any]) -> list[str]:
+    labels = [key if isinstance(key, str) else repr(as_selector(key)) for key in selectors]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({i})"
+        for i, label in enumerate(labels)
+    ]
+
+
+def check_tx(tx: Any, caller: str) -> None:
+    """Refuses what is no optax transformation, and no dict of them."""
+    if isinstance(tx, dict) and not tx:
+        raise ValueError(f"`{caller}` must have at least one group. Got {{}}.")
+    for each in tx.values() if isinstance(tx, dict) else [tx]:
+        methods = getattr(each, "init", None), getattr(each, "update", None)
+        if not all(map(callable, methods)):
+            raise TypeError(
+                f"`{caller}` must be an optax transformation, such as `optax.adam(1e-3)`, or a "
+                f"dict from selector to transformation. Got {each!r}."
+            )
+
+
+class Entry(NamedTuple):
+    """A leaf of an optax state: where it is, for which parameters, and of which one."""
+
+    path: jtu.KeyPath  # without the labels of groups
+    group: tuple[str, ...]
+    name: str | None
+    leaf: Any
+
+
+def locate(opt_state: Any, names: tuple[str, ...]) -> Iterator[Entry]:
+    """The leaves of an optax state, in the order of JAX.
+
+    What optax keeps for each parameter it keeps in a dict like that of the parameters.
+    """
+    keys = set(names)
+
+    def is_known(node: Any) -> bool:
+        return isinstance(node, GroupStates) or (isinstance(node, dict) and node.keys() == keys)
+
+    for path, node in jtu.tree_flatten_with_path(opt_state, is_leaf=is_known)[0]:
+        if isinstance(node, GroupStates):
+            for label, group in node.groups:
+                for entry in locate(node[label], group):
+                    yield entry._replace(path=path + entry.path)
+        elif is_known(node):
+            for inner_path, leaf in jtu.tree_leaves_with_path(node):
+                yield Entry(path + inner_path[1:], names, inner_path[0].key, leaf)
+        else:
+            yield Entry(path, names, None, node)
+
+
+def carry_over(fresh: Sequence[Entry], old: Sequence[Entry], old_names: Any) -> list[Any]:
+    """The leaves of a fresh state, with what an old one knows of the parameters that stay."""
+    by_name = {(entry.path, entry.name): entry for entry in old if entry.name is not None}
+    # What belongs to no parameter, such as a count, is that of all in its group.
+    shared = {
+        (entry.path, name): entry for entry in old if entry.name is None for name in entry.group
+    }
+    leaves = []
+    for path, group, name, leaf in fresh:
+        found = by_name.get((path, name))
+        if name is None:  # it comes from where most of the group was
+            votes = [shared.get((path, each)) for each in group if each in old_names]
+            ids = list(map(id, votes))
+            found = max(votes, key=lambda entry: ids.count(id(entry)), default=None)
+        if found is not None and _is_alike(found.leaf, leaf):
+            leaf = found.leaf
+        elif found is not None and name is None:
+            raise ValueError(
+                "`Optimizer.reselect` keeps what the optimizer knows of each leaf. Got one "
+                f"that mixes the leaves, in a {eqx.tree_pformat(found.leaf)} that would be a "
+                f"{eqx.tree_pformat(leaf)}, as `optax.flatten` does. Make another optimizer, "
+                "which starts anew."
+            )
+        leaves.append(leaf)
+    return leaves
+
+
+def _is_alike(old: Any, new: Any) -> bool:
+    return jnp.shape(old) == jnp.shape(new) and jnp.result_type(old) == jnp.result_type(new)
+
+
+def strengthen(leaf: Any) -> Any:
+    """The same number or array, as an array of a dtype that promotion keeps.
+
+    Some states of optax start with weak types and go on with others, so that a compiled step
+    would be traced again.
+    """
+    if not eqx.is_array_like(leaf) or (eqx.is_array(leaf) and not jax.typeof(leaf).weak_type):
+        return leaf
+    return jnp.asarray(leaf, jnp.result_type(leaf))
