@@ -15,16 +15,19 @@ from .._tree.flat import FlatTree, replace_at
 from .._tree.text import near_misses
 from .._tree.units import attach_unit, split_unit
 from .fingerprint import Fingerprinted
+from .hyperparams import is_hyperparam, read_hyperparams, write_hyperparams
 from .partition import (
     assign,
     carry_over,
     check_tx,
     Entry,
     Groups,
+    keep_dtypes,
     locate,
     make_partition,
     precompose,
     strengthen,
+    take_extra_args,
 )
 from .unitful import UnitfulState
 
@@ -49,7 +52,7 @@ class Optimizer(eqx.Module):
 
     An optimizer. It has the `opt_state` of optax (with groups, a dict from the text of the
     selector to the state of its group), the `count` of its steps, an `int32` scalar, and the
-    methods `step`, `params` and `reselect`.
+    methods `step`, `params`, `reselect` and `set_hyperparams`.
 
     **Raises:**
 
@@ -87,15 +90,16 @@ class Optimizer(eqx.Module):
         params = {name: flat.leaves[i] for i, name in zip(*chosen, strict=True)}
         is_partition = isinstance(tx, dict)
         self.groups = assign(tx, flat, chosen, "Optimizer(tx=...)") if is_partition else None
-        self.opt_state = jtu.tree_map(strengthen, self._transformation.init(params))
+        self.opt_state = strengthen(self._transformation.init(params))
         _check_units(self.opt_state, params)
         self.count = jnp.zeros((), jnp.int32)
 
     @property
-    def _transformation(self) -> optax.GradientTransformationExtraArgs:
-        if self.groups is None:
-            return optax.with_extra_args_support(self.tx.value)
-        return make_partition(self.tx.value, lambda _: self.groups)
+    def _transformation(self) -> Any:
+        groups = self.groups
+        if groups is None:
+            return take_extra_args(self.tx.value)
+        return make_partition(self.tx.value, lambda _: groups)
 
     @property
     def entries(self) -> list[Entry]:
@@ -120,8 +124,8 @@ class Optimizer(eqx.Module):
             shape of its leaf, as [`vgrad_eqx.vector_grad`][] gives it. A complex gradient
             follows JAX's convention, and the step is along its conjugate.
         - `extra_args`: what the transformation takes besides, such as `value`, `grad` (a
-            dict like `var_grads`) and `value_fn` (a function of the model) of the line
-            searches of optax.
+            dict like `var_grads`) and `value_fn` of the line searches of optax. Each function
+            whose name ends with `_fn` is one of the model. What no group takes is ignored.
 
         **Returns:**
 
@@ -147,13 +151,12 @@ class Optimizer(eqx.Module):
         if extra_args.get("grad") is not None:
             given = extra_args["grad"]
             extra_args["grad"] = _parse_grads(given, params, with_units, f"{caller}(grad=...)")
-        if extra_args.get("value_fn") is not None:
 
-            def rebuild(params: dict[str, Any]) -> Any:
-                values = [params[name] for name in self.names]
-                return flat.unflatten(replace_at(flat.leaves, indices, values))
+        def rebuild(params: dict[str, Any]) -> Any:
+            values = [params[name] for name in self.names]
+            return flat.unflatten(replace_at(flat.leaves, indices, values))
 
-            extra_args["value_fn"] = precompose(extra_args["value_fn"], rebuild)
+        extra_args = precompose(extra_args, rebuild)
         try:
             updates, opt_state = self._transformation.update(
                 grads, self.opt_state, params, **extra_args
@@ -161,7 +164,7 @@ class Optimizer(eqx.Module):
         except Exception as error:
             self._check_state(params, error)
             raise
-        opt_state = jtu.tree_map(strengthen, opt_state)
+        opt_state = keep_dtypes(self.opt_state, opt_state)
         new = [
             add(leaf, updates[name], f"The update of `{caller}` at `{name}`")
             for name, leaf in params.items()
@@ -186,7 +189,8 @@ class Optimizer(eqx.Module):
         moments, is kept for each leaf that stays, also in another group; it starts at zero
         for each new leaf, and for one whose transformation or shape is another. What
         it keeps for a group, such as a count of its own, goes on with the leaves that
-        stay, and starts anew in a group of new leaves alone.
+        stay, and starts anew in a group of new leaves alone. Hyperparameters that
+        `optax.inject_hyperparams` keeps are those of `tx` if it is given.
 
         **Raises:**
 
@@ -194,10 +198,40 @@ class Optimizer(eqx.Module):
             keeps one array for all leaves together.
         """
         fresh = Optimizer(self.tx.value if tx is None else tx, model, selector)
-        leaves = carry_over(fresh.entries, self.entries, set(self.names))
+        # A new `tx` comes with its own hyperparameters.
+        old = [each for each in self.entries if tx is None or not is_hyperparam(each.path)]
+        leaves = carry_over(fresh.entries, old, set(self.names))
         opt_state = jtu.tree_unflatten(jtu.tree_structure(fresh.opt_state), leaves)
         where = lambda opt: (opt.opt_state, opt.count)
         return eqx.tree_at(where, fresh, (opt_state, self.count))
+
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """The hyperparameters that `optax.inject_hyperparams` keeps, by name.
+
+        Those of groups are in a dict for each, by its label.
+        """
+        return read_hyperparams(self.opt_state)
+
+    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "Optimizer":
+        """Changes hyperparameters that `optax.inject_hyperparams` keeps.
+
+        **Arguments:**
+
+        - `group`: the label of the only group to change. Defaults to all that have them.
+        - `values`: the new values by name, such as `learning_rate=1e-4`.
+
+        **Returns:**
+
+        An optimizer with these values, in the dtypes of the old ones. Nothing is traced again.
+
+        **Raises:**
+
+        - `ValueError`: for a hyperparameter that is not there, or that follows a schedule.
+        """
+        caller = "set_hyperparams(...)"
+        opt_state = write_hyperparams(self.opt_state, group, values, caller)
+        return eqx.tree_at(lambda opt: opt.opt_state, self, opt_state)
 
     def _check_state(self, params: dict[str, Any], error: Exception) -> None:
         """Says so if an error comes from the state of another selection."""

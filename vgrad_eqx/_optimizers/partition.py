@@ -1,7 +1,8 @@
 """An optax transformation for each group of the parameters in a flat dict."""
 
 import functools as ft
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -34,11 +35,67 @@ class GroupStates(dict[str, Any]):
         return cls(groups, states)
 
 
+def partition(groups: Mapping[Any, Any]) -> optax.GradientTransformationExtraArgs:
+    """Updates each group of the parameters in a flat dict by a transformation of its own.
+
+    It is an optax transformation as any other, so what is before it in an `optax.chain` sees
+    the gradients of all groups. [`vgrad_eqx.Optimizer`][] takes a dict as short for it.
+
+    **Arguments:**
+
+    - `groups`: a dict from selector to transformation. The selectors are asked about the flat
+        dict `{path: leaf}` of the parameters, as [`vgrad_eqx.states`][] gives it. Each
+        parameter must be in one group.
+
+    **Returns:**
+
+    An `optax.GradientTransformationExtraArgs`. Its state is a dict from the text of the
+    selector to the state of the group.
+
+    **Raises:**
+
+    - `TypeError`: at once, if a group has no optax transformation; on `init`, if the
+        parameters are no dict.
+    - `ValueError`: at once, without a group; on `init`, if a parameter is in no group or in
+        two, or a group has none.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> groups = {"*.weight": optax.sgd(1.0), "*.bias": optax.sgd(0.1)}
+        >>> tx = optax.chain(optax.clip_by_global_norm(1.0), vg.partition(groups))
+        >>> params = {"a.weight": jnp.array(0.0), "a.bias": jnp.array(0.0)}
+        >>> grads = {"a.weight": jnp.array(3.0), "a.bias": jnp.array(4.0)}
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
+        >>> [round(float(updates[name]), 2) for name in params]
+        [-0.6, -0.08]
+    """
+    caller = "partition(groups=...)"
+    if not isinstance(groups, dict):
+        raise TypeError(
+            f"`{caller}` must be a dict from selector to transformation. Got {groups!r}."
+        )
+    check_tx(groups, caller)
+
+    def find_groups(params: Any) -> Groups:
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                "`partition(...).init(params)` must be a flat dict from path to leaf, as "
+                f"`vg.states(model)` gives it. Got a `{type(params).__name__}`."
+            )
+        flat = FlatTree(params)
+        chosen = Selection(tuple(range(len(flat.names))), tuple(flat.names))
+        return assign(groups, flat, chosen, caller)
+
+    return make_partition(groups, find_groups)
+
+
 def make_partition(
     txs: Mapping[Any, Any], find_groups: Callable[[Any], Groups]
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation for each of the groups, in the order of `txs`."""
-    inner = [optax.with_extra_args_support(tx) for tx in txs.values()]
+    inner: list[Any] = list(map(take_extra_args, txs.values()))
 
     def init(params: Any) -> GroupStates:
         groups = find_groups(params)
@@ -47,8 +104,8 @@ def make_partition(
         return GroupStates(groups, states)
 
     def update(
-        updates: Any, state: GroupStates, params: Any = None, **extra_args: Any
-    ) -> tuple[dict[str, Any], GroupStates]:
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, GroupStates]:
         new_updates, states = {}, []
         for tx, (label, names) in zip(inner, state.groups, strict=True):
             group_params = None if params is None else _pick(names, params)
@@ -63,35 +120,52 @@ def make_partition(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation that takes any extra arguments, and ignores those it has no use for."""
+    tx = optax.with_extra_args_support(tx)
+    parameters = inspect.signature(tx.update).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return tx
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        known = {name: value for name, value in extra_args.items() if name in parameters}
+        return tx.update(updates, state, params, **known)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
     return {name: by_path[name] for name in names}
 
 
 def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: Any) -> dict[str, Any]:
     """The extra arguments of `update`, for the parameters of one group."""
-    narrowed = dict(extra_args)
+    narrowed = precompose(extra_args, lambda part: {**params, **part})
     if extra_args.get("grad") is not None:
         narrowed["grad"] = _pick(names, extra_args["grad"])
-    if extra_args.get("value_fn") is not None:
-        narrowed["value_fn"] = precompose(
-            extra_args["value_fn"], lambda part: {**params, **part}
-        )
     return narrowed
 
 
-def precompose(value_fn: Callable[..., Any], prepare: Callable[[Any], Any]) -> Any:
-    """The function of what is to be prepared first. Optax reads the names of its arguments."""
+def precompose(extra_args: dict[str, Any], prepare: Callable[[Any], Any]) -> dict[str, Any]:
+    """The extra arguments, with functions of what is to be prepared first.
 
-    @ft.wraps(value_fn)
+    They are those that optax calls `value_fn`, `obj_fn` and the like.
+    """
+    return {
+        name: _precompose(value, prepare) if name.endswith("_fn") and callable(value) else value
+        for name, value in extra_args.items()
+    }
+
+
+def _precompose(func: Callable[..., Any], prepare: Callable[[Any], Any]) -> Any:
+    @ft.wraps(func)  # optax reads the names of its arguments
     def prepared(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return value_fn(prepare(params), *args, **kwargs)
+        return func(prepare(params), *args, **kwargs)
 
     return prepared
 
 
-def assign(
-    txs: Mapping[Any, Any], flat: FlatTree, chosen: Selection, caller: str
-) -> Groups:
+def assign(txs: Mapping[Any, Any], flat: FlatTree, chosen: Selection, caller: str) -> Groups:
     """Puts each chosen leaf into one group."""
     groups, homes = [], {}
     for label, selector in zip(_make_labels(list(txs)), txs, strict=True):
@@ -172,9 +246,13 @@ def locate(opt_state: Any, names: tuple[str, ...]) -> Iterator[Entry]:
             yield Entry(path, names, None, node)
 
 
-def carry_over(fresh: Sequence[Entry], old: Sequence[Entry], old_names: Any) -> list[Any]:
+def carry_over(
+    fresh: Sequence[Entry], old: Sequence[Entry], old_names: Collection[str]
+) -> list[Any]:
     """The leaves of a fresh state, with what an old one knows of the parameters that stay."""
-    by_name = {(entry.path, entry.name): entry for entry in old if entry.name is not None}
+    by_name: dict[Any, Entry] = {
+        (entry.path, entry.name): entry for entry in old if entry.name is not None
+    }
     # What belongs to no parameter, such as a count, is that of all in its group.
     shared = {
         (entry.path, name): entry for entry in old if entry.name is None for name in entry.group
@@ -203,12 +281,23 @@ def _is_alike(old: Any, new: Any) -> bool:
     return jnp.shape(old) == jnp.shape(new) and jnp.result_type(old) == jnp.result_type(new)
 
 
-def strengthen(leaf: Any) -> Any:
-    """The same number or array, as an array of a dtype that promotion keeps.
+def keep_dtypes(old: Any, new: Any) -> Any:
+    """The next state of a transformation, in the dtypes that the old one has.
 
-    Some states of optax start with weak types and go on with others, so that a compiled step
-    would be traced again.
+    Some of optax change them, or start with weak types and go on with others, so that a
+    compiled step would be traced again.
     """
-    if not eqx.is_array_like(leaf) or (eqx.is_array(leaf) and not jax.typeof(leaf).weak_type):
-        return leaf
-    return jnp.asarray(leaf, jnp.result_type(leaf))
+    if jtu.tree_structure(old) != jtu.tree_structure(new):
+        return new
+    return jtu.tree_map(lambda x, like: _cast(x, jnp.result_type(like)), new, old)
+
+
+def strengthen(opt_state: Any) -> Any:
+    """A first state, as arrays of dtypes that promotion keeps."""
+    is_array = eqx.is_array_like
+    return jtu.tree_map(lambda x: _cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    is_kept = eqx.is_array(leaf) and leaf.dtype == dtype and not jax.typeof(leaf).weak_type
+    return leaf if is_kept else jnp.asarray(leaf, dtype)

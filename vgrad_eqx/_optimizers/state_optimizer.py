@@ -33,7 +33,7 @@ class StateOptimizer(eqx.Module):
     **Returns:**
 
     An optimizer. It has the `opt_state` of optax, the `count` of its steps, and the methods
-    `step` and `params`.
+    `step`, `params` and `set_hyperparams`.
 
     **Raises:**
 
@@ -80,6 +80,15 @@ class StateOptimizer(eqx.Module):
     def count(self) -> jax.Array:
         return self.memory.value.count
 
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """As [`vgrad_eqx.Optimizer`][] has them."""
+        return self.memory.value.hyperparams
+
+    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> None:
+        """Changes hyperparameters in place, as [`vgrad_eqx.Optimizer`][] does for a new one."""
+        self.memory.value = self.memory.value.set_hyperparams(group, **values)
+
     def params(self) -> dict[str, Any]:
         """The arrays that are updated, by the names of their states."""
         values = self.find_values()
@@ -107,8 +116,12 @@ class StateOptimizer(eqx.Module):
         grads = self._name(values, var_grads, f"{caller}(var_grads=...)")
         if extra_args.get("grad") is not None:
             extra_args["grad"] = self._name(values, extra_args["grad"], f"{caller}(grad=...)")
-        if extra_args.get("value_fn") is not None:
-            extra_args["value_fn"] = _over_params(extra_args["value_fn"], values)
+        extra_args = {
+            name: _over_params(each, values)
+            if name.endswith("_fn") and callable(each)
+            else each
+            for name, each in extra_args.items()
+        }
         old = self.memory.value
         params, optimizer = old.advance(params, grads, extra_args, caller)
         check_structure(old, optimizer, "StateOptimizer", "Use `vg.Optimizer` for it.")

@@ -27,8 +27,7 @@ Differentiate = Callable[[Any, Any, Sequence[Any]], Result]
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf of a batch is traced. All others are constants."""
-    is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
-    return is_number or isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
 
 
 def accumulate(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools as ft
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,17 +11,20 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 
 from .._gradients.engine import make_transform, Operator, pull_back
 from .._gradients.flat_function import split_output
 from .._optimizers.norms import grad_norms
 from .._optimizers.optimizer import check_structure, Optimizer
 from .._select.selectors import Indices
-from .._tree.flat import FlatTree, Rest, split_arrays
+from .._tree.cache import Cache
+from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
 from .._tree.sharding import constrain, find_sharding, spread
 from .._tree.state import write
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
 from .accumulation import accumulate, check_leading_axis, is_array, Result
+from .loss import make_loss
 from .over_states import StateFunction, UnknownStates
 from .packing import Packing
 
@@ -72,6 +75,8 @@ class Options(NamedTuple):
     accumulate: int
     packed: bool
     grad_norms: bool
+    donate: bool
+    keep_every: int
 
 
 class Carry(NamedTuple):
@@ -122,12 +127,13 @@ class FlatStep:
         self._avals = tuple([(jnp.shape(array), jnp.result_type(array)) for array in arrays])
         self._shardings = tuple(map(find_sharding, arrays))
         self._impl = _find_impl(key)
-        self._packing = Packing(_list_kinds(carry, optimizer), arrays) if options.packed else None
-        self._func = options.func if states is None else states
+        self._packing = (
+            Packing(_list_kinds(carry, optimizer), arrays) if options.packed else None
+        )
         self._has_aux = options.has_aux or nn_state is not None
+        self._func = make_loss(options.func, self._has_aux) if states is None else states
         self._transform = make_transform(
             Operator("train_step", pull_back, adds_up=True),
-            # Without its own fields, so that the first argument is the model.
             lambda *args, **kwargs: self._func(*args, **kwargs),
             grad_states=Indices(frozenset(self._chosen)),
             argnums=None,
@@ -137,7 +143,43 @@ class FlatStep:
             check_states=options.check_states and states is None,
             debug_nan=False,
         )
-        self.compiled = jax.jit(self.run, donate_argnums=0)
+        self.compiled = self._compile(self.run)
+        self._programs = Cache()
+
+    def _compile(self, run: Callable[..., Any]) -> Any:
+        return jax.jit(run, donate_argnums=0 if self.options.donate else ())
+
+    def find_program(self, inputs: Any) -> Any:
+        """A compiled step for such a batch, and what it takes of it.
+
+        All that is no array or number is constant; and so is a number in a module, which may
+        decide by it.
+        """
+        leaves = jtu.tree_leaves(inputs)
+        if PLAIN.issuperset(map(type, leaves)):
+            return self.compiled, inputs
+        PLAIN.update([type(leaf) for leaf in leaves if isinstance(leaf, jax.Array)])
+        is_module = lambda node: isinstance(node, eqx.Module)
+        inputs = jtu.tree_map(_trace_number, inputs, is_leaf=is_module)
+        split = split_arrays(inputs, is_array)
+        rest = split.rest
+        if len(split.diff) == rest.structure.num_leaves:
+            return self.compiled, inputs
+        constants = tuple([(type(leaf), leaf) for leaf in rest.constants])
+        try:
+            hash((rest.structure, constants))
+        except TypeError as error:
+            raise TypeError(
+                "A training step compiles again for each constant in its batch, so each must "
+                f"have a hash. Got {eqx.tree_pformat(inputs)}. Close over it, or pass an array."
+            ) from error
+        program = self._programs.get((rest.structure, constants))
+        if program is None:
+            program = self._compile(
+                lambda leaves, frozen, arrays: self.run(leaves, frozen, rest.combine(arrays))
+            )
+            self._programs.set((rest.structure, constants), program)
+        return program, split.diff
 
     @property
     def signature(self) -> Any:
@@ -145,7 +187,7 @@ class FlatStep:
         static = tuple([(type(leaf), leaf) for leaf in self._rest.constants])
         structures = (self._rest.structure, self._carry, self._optimizer)
         arrays = (tuple(self._chosen), self._avals, self._impl, self._shardings)
-        return structures, static, arrays, self.states
+        return structures, static, arrays
 
     def start(
         self, flat: FlatTree, optimizer: Optimizer, key: Any, nn_state: Any
@@ -186,17 +228,18 @@ class FlatStep:
         self, arrays: Sequence[Any], frozen: Any, inputs: Sequence[Any], rest: Rest
     ) -> tuple[list[Any], Metrics]:
         """Takes one step."""
-        params, opt_state, keys, nn_state = jtu.tree_unflatten(self._carry, arrays)
+        params, opt_state, keys, first_nn_state = jtu.tree_unflatten(self._carry, arrays)
         optimizer = self._build_optimizer(opt_state, jnp.zeros((), jnp.int32))
         model = self._build(params, frozen)
         keys, subkey = self._split_key(keys)
         num_parts = self.options.accumulate
 
         def list_arguments(model: Any, nn_state: Any, key: Any, inputs: Any) -> Any:
-            batch = rest.combine(inputs)
+            batch, kwargs = rest.combine(inputs)
             # A copy, because an `equinox.nn.State` is used up by the function that changes it.
             states = () if nn_state is None else (jtu.tree_map(lambda leaf: leaf, nn_state),)
-            return (model, *states, *batch), {} if key is None else {"key": key}
+            kwargs = kwargs if key is None else dict(key=key, **kwargs)
+            return (model, *states, *batch), kwargs
 
         def differentiate(nn_state: Any, key: Any, inputs: Any) -> Result:
             args, kwargs = list_arguments(model, nn_state, key, inputs)
@@ -206,13 +249,13 @@ class FlatStep:
 
         def evaluate(model: Any) -> Any:
             def value(_: Any, key: Any, inputs: Any) -> Result:
-                args, kwargs = list_arguments(model, nn_state, key, inputs)
+                args, kwargs = list_arguments(model, first_nn_state, key, inputs)
                 out = self._func(*args, **kwargs)
                 return Result([], out[0] if self._has_aux else out, None, None)
 
             return self._average(accumulate(value, [], num_parts, None, subkey, inputs).value)
 
-        result = accumulate(differentiate, params, num_parts, nn_state, subkey, inputs)
+        result = accumulate(differentiate, params, num_parts, first_nn_state, subkey, inputs)
         grads = dict(zip(optimizer.names, result.grads, strict=True))
         value, aux = self._average(result.value), result.aux
         if self.states is not None:
@@ -224,10 +267,13 @@ class FlatStep:
             optimizer,
             following,
             "train_step",
-            "Take that step by a `vg.Optimizer`, and go on by `step.init(model, optimizer=opt)`.",
+            "Take that step by a `vg.Optimizer`, and go on by `init(model, optimizer=opt)`.",
         )
         params = list(optimizer.params(model).values())
-        carry = Carry(params, following.opt_state, keys, result.nn_state)
+        nn_state = result.nn_state
+        if nn_state is not None and self.states is None:
+            nn_state = _drop_if_rejected(following.opt_state, nn_state, old=first_nn_state)
+        carry = Carry(params, following.opt_state, keys, nn_state)
         arrays = jtu.tree_leaves(carry)
         norms = grad_norms(grads) if self.options.grad_norms else None
         return arrays, Metrics(result.value, aux, norms)
@@ -279,6 +325,13 @@ class FlatStep:
         opt_state = _copy(self._read(leaves).opt_state)
         return self._build_optimizer(opt_state, jnp.asarray(count, jnp.int32))
 
+    def set_hyperparams(
+        self, leaves: Sequence[Any], group: str | None, values: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        carry = self._read(leaves)
+        optimizer = self._build_optimizer(carry.opt_state, 0).set_hyperparams(group, **values)
+        return self._join(jtu.tree_leaves(carry._replace(opt_state=optimizer.opt_state)))
+
     def get_nn_state(self, leaves: Sequence[Any]) -> Any:
         return _copy(self._read(leaves).nn_state)
 
@@ -329,7 +382,10 @@ class FlatStep:
     def _write(self, carry: Carry) -> tuple[Any, ...]:
         """Copies of the arrays, which may be donated."""
         arrays = [jnp.array(x, jnp.result_type(x), copy=True) for x in jtu.tree_leaves(carry)]
-        arrays = spread(arrays)
+        CONCRETE.update([type(array) for array in arrays if not is_any_traced([array])])
+        return self._join(spread(arrays))
+
+    def _join(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(arrays) if self._packing is None else _pack(self._packing, arrays)
 
     def _build(self, params: Sequence[Any], frozen: Sequence[Any]) -> Any:
@@ -351,9 +407,31 @@ class FlatStep:
         return jr.wrap_key_data(keys[0], impl=self._impl)
 
 
+# Types of leaves of a batch that are traced. Those of JAX arrays are added when they are seen.
+PLAIN: set[type] = {int, float, complex, np.ndarray}
+
+# The types of JAX arrays that are no tracers, which can be donated. No public name is theirs.
+CONCRETE: set[type] = set()
+
+
+def _trace_number(leaf: Any) -> Any:
+    is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
+    return jnp.asarray(leaf) if is_number else leaf
+
+
 def _is_array(leaf: Any) -> bool:
     number, unit = split_unit(leaf)
     return unit is not None or eqx.is_array(number) or isinstance(number, np.ndarray)
+
+
+def _drop_if_rejected(opt_state: Any, new: Any, old: Any) -> Any:
+    """The next `equinox.nn.State`, or the old one if `optax.apply_if_finite` sees a NaN."""
+    is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)
+    guards = list(filter(is_guard, jtu.tree_leaves(opt_state, is_leaf=is_guard)))
+    if not guards:
+        return new
+    is_finite = jnp.all(jnp.stack([guard.last_finite for guard in guards]))
+    return jtu.tree_map(lambda x, y: jnp.where(is_finite, x, y), new, old)
 
 
 def _list_kinds(carry: Carry, optimizer: Optimizer) -> list[Hashable]:

@@ -13,6 +13,7 @@ from .._tree.flat import Split, split_arrays
 from .._tree.state import read
 from .._tree.units import attach_unit, split_unit
 from .accumulation import is_array
+from .loss import make_loss
 
 
 class UnknownStates(Exception):
@@ -32,11 +33,11 @@ class StateFunction:
 
     def __init__(self, options: Any, optimizer: StateOptimizer):
         self.optimizer = optimizer
-        self.values = values = optimizer.find_values()
+        values = optimizer.find_values()
         self.trained = dict(zip(values.names, values.refs.values(), strict=True))
-        self.params = dict(zip(values.names, values.params, strict=True))
         self.others: list[jax.Ref] = []
         self._options = options
+        self._func = make_loss(options.func, options.has_aux)
         self._traces = Cache()
 
     def extend(self, unknown: UnknownStates) -> tuple["StateFunction", list[Any]]:
@@ -75,10 +76,11 @@ class StateFunction:
 
             def call(*arrays: Any) -> Any:
                 args, kwargs = rest.combine(arrays)
-                return self._options.func(*args, **kwargs)
+                return self._func(*args, **kwargs)
 
             traced = trace(call, inputs.diff)
             self._traces.set(key, traced)
             if self._options.check_states:
-                self.values.refuse_untouched(traced.refs, "train_step(grad_states=...)")
+                values = self.optimizer.find_values()
+                values.refuse_untouched(traced.refs, "train_step(grad_states=...)")
         return traced

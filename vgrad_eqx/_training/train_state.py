@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .flat_step import FlatStep
+from .._tree.flat import is_any_traced
+from .flat_step import CONCRETE, FlatStep
 
 
 class TrainState:
@@ -51,17 +53,28 @@ class TrainState:
     """
 
     # Few, because setting each takes a share of the time of a step.
-    __slots__ = ("_model", "count", "flat_step", "frozen", "leaves", "newest")
+    __slots__ = ("_model", "count", "flat_step", "frozen", "history", "leaves")
 
     def __init__(
-        self, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any, newest: Any = None
+        self,
+        flat_step: FlatStep,
+        frozen: Any,
+        leaves: Any,
+        count: Any,
+        history: "History | None" = None,
     ):
         self.flat_step = flat_step
         self.frozen = frozen
         self.leaves = leaves
         self.count = count
-        # In a `with` block, a list of the latest state that was made of the first one.
-        self.newest = newest
+        self.history = history
+
+    @classmethod
+    def begin(cls, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any) -> "TrainState":
+        """A state that was not made of another one."""
+        keep_every = flat_step.options.keep_every
+        history = History(keep_every) if keep_every else None
+        return cls(flat_step, frozen, leaves, count, history)
 
     @property
     def model(self) -> Any:
@@ -76,6 +89,20 @@ class TrainState:
         return self.flat_step.get_optimizer(self.leaves, self.count)
 
     @property
+    def hyperparams(self) -> dict[str, Any]:
+        """As [`vgrad_eqx.Optimizer`][] has them."""
+        return self.optimizer.hyperparams
+
+    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "TrainState":
+        """A state with other hyperparameters, as [`vgrad_eqx.Optimizer`][] sets them.
+
+        It shares its other arrays with this one, so only one of the two can be used.
+        """
+        self.check()
+        leaves = self.flat_step.set_hyperparams(self.leaves, group, values)
+        return TrainState(self.flat_step, self.frozen, leaves, self.count, self.history)
+
+    @property
     def nn_state(self) -> Any:
         self._check_kind(False, "nn_state")
         return self.flat_step.get_nn_state(self.leaves)
@@ -85,19 +112,31 @@ class TrainState:
         self.check()
         return self.flat_step.get_key(self.leaves)
 
+    @property
+    def kept(self) -> "TrainState | None":
+        """The last copy that `train_step(keep_every=...)` has made."""
+        return None if self.history is None else self.history.kept
+
     def sync(self) -> None:
         """Sets the states by reference to the values that are carried."""
         self._check_kind(True, "sync")
+        jax.block_until_ready(self.leaves)  # an error of the step is raised before they are set
         self.flat_step.sync(self.leaves, self.count)
 
     def __enter__(self) -> "TrainState":
         self._check_kind(True, "with")
-        if self.newest is None:
-            self.newest = [self]
+        if self.history is None:
+            self.history = History(0)
+        self.history.latest = self
         return self
 
-    def __exit__(self, *args: object) -> None:
-        self.newest[0].sync()
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        assert self.history is not None
+        latest, kept = self.history.latest, self.history.kept
+        if error is None or _is_good(latest):
+            latest.sync()
+        elif _is_good(kept):
+            kept.sync()
 
     def check(self) -> None:
         """Refuses a state that was taken over."""
@@ -111,16 +150,46 @@ class TrainState:
     def to_tree(self) -> dict[str, Any]:
         """All arrays by name, for a checkpoint."""
         self.check()
-        return {"count": self.count, **self.flat_step.to_tree(self.leaves, self.frozen)}
+        count = self.count if jnp.ndim(self.count) else int(self.count)
+        return {"count": count, **self.flat_step.to_tree(self.leaves, self.frozen)}
 
     def from_tree(self, tree: dict[str, Any]) -> "TrainState":
         """A state like this one, of such arrays."""
         leaves, frozen = self.flat_step.from_tree(tree)
-        return TrainState(self.flat_step, frozen, leaves, tree["count"])
+        return TrainState.begin(self.flat_step, frozen, leaves, tree["count"])
 
     @property
     def is_donated(self) -> bool:
-        return any(isinstance(x, jax.Array) and x.is_deleted() for x in self.leaves)
+        return any(type(leaf) in CONCRETE and leaf.is_deleted() for leaf in self.leaves)
+
+    def take_over(self, leaves: Any) -> None:
+        """Becomes the next state, which nobody has got because of an interrupt."""
+        if hasattr(self, "_model"):
+            del self._model
+        self.leaves, self.count = leaves, self.count + self.flat_step.steps_per_call
+        if self.history is not None:
+            self.history.latest = self
+
+    def copy(self) -> "TrainState":
+        """A state of its own, which lives on when a step takes over this one."""
+        self.check()
+        leaves = jtu.tree_map(jnp.copy, self.leaves)
+        return TrainState.begin(self.flat_step, self.frozen, leaves, self.count)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: Any) -> "TrainState":
+        return self.copy()
+
+    def __reduce__(self) -> Any:
+        if self.flat_step.states is not None:
+            raise TypeError(
+                "A `TrainState` over states by reference cannot be pickled, because its copy "
+                "would be of other states. Pickle the states after `sync()`, or save it by "
+                "`vg.save`."
+            )
+        parts = self.model, self.key, self.nn_state, self.optimizer
+        return _restore, (self.flat_step.owner, *parts)
 
     def _check_kind(self, over_states: bool, name: str) -> None:
         self.check()
@@ -136,13 +205,50 @@ class TrainState:
         return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
 
 
+class History:
+    """What is known of the states that were made of one another."""
+
+    def __init__(self, keep_every: int):
+        self._keep_every = keep_every
+        self.latest: Any = None
+        self.kept: Any = None
+
+    def note(self, state: TrainState) -> None:
+        self.latest = state
+        if self._keep_every and not is_any_traced(state.leaves):
+            before = state.count - state.flat_step.steps_per_call
+            if before // self._keep_every < state.count // self._keep_every:
+                # It waits for the values, so that only those of a good step are kept.
+                self.kept = jax.block_until_ready(state.copy())
+
+
+def _is_good(state: TrainState | None) -> bool:
+    if state is None or state.is_donated:
+        return False
+    try:
+        jax.block_until_ready(state.leaves)
+    except Exception:  # the step has failed
+        return False
+    return True
+
+
+def _restore(owner: Any, model: Any, key: Any, nn_state: Any, optimizer: Any) -> TrainState:
+    return owner.init(model, key=key, nn_state=nn_state, optimizer=optimizer)
+
+
+_NAMES = tuple(map(jtu.GetAttrKey, ("leaves", "frozen", "count")))
+
+
 def _flatten(state: TrainState) -> tuple[Any, FlatStep]:
-    return (state.leaves, state.frozen, state.count), state.flat_step
+    count = state.count
+    if isinstance(count, int):  # JAX makes states of all kinds of things
+        count = jnp.asarray(count, jnp.int32)
+    return tuple(zip(_NAMES, (state.leaves, state.frozen, count), strict=True)), state.flat_step
 
 
 def _unflatten(flat_step: FlatStep, children: Any) -> TrainState:
     leaves, frozen, count = children
-    return TrainState(flat_step, frozen, leaves, count)
+    return TrainState.begin(flat_step, frozen, leaves, count)
 
 
-jtu.register_pytree_node(TrainState, _flatten, _unflatten)
+jtu.register_pytree_with_keys(TrainState, _flatten, _unflatten)

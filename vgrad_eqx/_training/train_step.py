@@ -3,12 +3,15 @@
 import functools as ft
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
+import jax.core
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._optimizers.fingerprint import Fingerprinted
 from .._optimizers.optimizer import Optimizer
 from .._optimizers.partition import check_tx
 from .._optimizers.state_optimizer import StateOptimizer
@@ -17,12 +20,13 @@ from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
-from .flat_step import FlatStep, list_names, Metrics, Options
+from .flat_step import CONCRETE, FlatStep, list_names, Metrics, Options, PLAIN
 from .over_states import StateFunction, UnknownStates
 from .train_state import TrainState
 
 
-class TrainStep:
+@runtime_checkable
+class TrainStep(Protocol):
     """A compiled training step, as [`vgrad_eqx.train_step`][] returns it.
 
     **Arguments:**
@@ -45,11 +49,30 @@ class TrainStep:
         False
     """
 
-    def __init__(self, options: Options, grad_states: GradStates):
-        self._options = options
-        self._grad_states = grad_states
-        # The compiled steps, by what tells them apart.
-        self._flat_steps = Cache()
+    def __call__(
+        self, state: TrainState, /, *batch: Any, **kwargs: Any
+    ) -> tuple[TrainState, Metrics]:
+        """Takes the steps of one call, and takes over the arrays of `state`.
+
+        **Arguments:**
+
+        - `state`: the state that `init` or the last step returned.
+        - `batch`: the positional arguments of `func` after the module, pytrees of arrays and
+            numbers.
+
+        **Returns:**
+
+        The next state and the [`vgrad_eqx.Metrics`][]. It does not wait for the results.
+
+        **Raises:**
+
+        - `RuntimeError`: for a state that a step has taken over.
+        - `TypeError`: for something else than a state; and as [`vgrad_eqx.vector_grad`][].
+        - `ValueError`: for a state of another `train_step`; for a batch without the first axes
+            that `steps_per_call` and `accumulate` ask for; and as
+            [`vgrad_eqx.vector_grad`][]. The state can still be used then.
+        """
+        ...
 
     def init(
         self,
@@ -70,7 +93,8 @@ class TrainStep:
         - `nn_state`: the `equinox.nn.State` of the module, which `func` takes after the
             module and returns beside the value.
         - `optimizer`: a [`vgrad_eqx.Optimizer`][] to go on with, such as one of
-            `reselect`, or a [`vgrad_eqx.StateOptimizer`][]. Defaults to a new one.
+            `reselect`, or a [`vgrad_eqx.StateOptimizer`][], of the `tx` of this step. Defaults
+            to a new one.
         - `batch`: an example of the positional arguments, as a tuple. Over states by
             reference, a state is then made that carries all that `func` uses, as it does
             after the first step; [`vgrad_eqx.load`][] needs that. Without effect otherwise.
@@ -84,25 +108,60 @@ class TrainStep:
         - `TypeError`: without a `model`, or with one for states by reference.
         - `ValueError`: as [`vgrad_eqx.Optimizer`][]; if `optimizer` is of another selection.
         """
+        ...
+
+    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+        """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
+        ...
+
+
+class _Trainer:
+    """What a training step knows of its options, and the programs it has compiled."""
+
+    def __init__(self, options: Options, grad_states: GradStates):
+        self._options = options
+        self._grad_states = grad_states
+        self._tx = Fingerprinted(options.tx)
+        # The compiled steps, by what tells them apart.
+        self._flat_steps = Cache()
+
+    def __reduce__(self) -> Any:
+        return _Trainer, (self._options, self._grad_states)
+
+    def init(
+        self,
+        model: Any = None,
+        *,
+        key: Any = None,
+        nn_state: Any = None,
+        optimizer: Any = None,
+        batch: Any = None,
+    ) -> TrainState:
+        _check_parts(key, nn_state, batch)
         states = None
         if self._grad_states.by_reference:
             optimizer, states = self._init_over_states(model, nn_state, optimizer)
-            model, nn_state = states.params, []
+            model, nn_state = states.optimizer.params(), []
         flat = FlatTree(model)
         if states is None:
             optimizer = self._init_optimizer(model, flat, optimizer)
         flat_step = FlatStep(self, self._options, flat, optimizer, key, nn_state, states)
-        known = self._flat_steps.get(flat_step.signature)
-        if known is None:
-            self._flat_steps.set(flat_step.signature, flat_step)
-        else:
-            flat_step = known
+        if states is None:
+            known = self._flat_steps.get(flat_step.signature)
+            if known is None:
+                self._flat_steps.set(flat_step.signature, flat_step)
+            else:
+                flat_step = known
         leaves, frozen = flat_step.start(flat, optimizer, key, nn_state)
-        state = TrainState(flat_step, frozen, leaves, int(optimizer.count))
+        count = optimizer.count
+        if not isinstance(count, jax.core.Tracer) and not jnp.ndim(count):
+            count = int(count)
+        state = TrainState.begin(flat_step, frozen, leaves, count)
         if states is None or batch is None:
             return state
         try:
-            jax.eval_shape(flat_step.run, leaves, frozen, tuple(batch))
+            program, inputs = flat_step.find_program((tuple(batch), {}))
+            jax.eval_shape(program, leaves, frozen, inputs)
         except UnknownStates as unknown:
             return _extend(state, unknown)
         return state
@@ -124,6 +183,7 @@ class TrainStep:
                 f"{list_names(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
                 "`optimizer.reselect(model, selector)`."
             )
+        self._check_tx(optimizer)
         return optimizer
 
     def _init_over_states(
@@ -144,55 +204,26 @@ class TrainStep:
                 f"`grad_states` names, {eqx.tree_pformat(states)}. Got "
                 f"{eqx.tree_pformat(getattr(optimizer, 'states', optimizer))}."
             )
+        self._check_tx(optimizer.memory.value)
         return optimizer.memory.value, StateFunction(self._options, optimizer)
 
-    def __call__(self, state: TrainState, /, *batch: Any) -> tuple[TrainState, Metrics]:
-        """Takes the steps of one call, and takes over the arrays of `state`.
+    def _check_tx(self, optimizer: Optimizer) -> None:
+        if optimizer.tx != self._tx:
+            raise ValueError(
+                "`init(optimizer=...)` must be of the transformation of `train_step(tx=...)`, "
+                "which takes the steps. Got one of another. Use `optimizer.reselect(model, "
+                "selector, tx=tx)`, or pass its own to `train_step`."
+            )
 
-        **Arguments:**
-
-        - `state`: the state that `init` or the last step returned.
-        - `batch`: the positional arguments of `func` after the module, pytrees of arrays and
-            numbers.
-
-        **Returns:**
-
-        The next state and the [`vgrad_eqx.Metrics`][]. It does not wait for the results.
-
-        **Raises:**
-
-        - `RuntimeError`: for a state that a step has taken over.
-        - `TypeError`: for something else than a state; and as [`vgrad_eqx.vector_grad`][].
-        - `ValueError`: for a state of another `train_step`; for a batch without the first axes
-            that `steps_per_call` and `accumulate` ask for; and as
-            [`vgrad_eqx.vector_grad`][]. The state can still be used then.
-        """
+    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+        self.check(state)
+        compiled, inputs = state.flat_step.find_program((batch, kwargs))
         try:
-            flat_step = state.flat_step
-            if flat_step.owner is not self:
-                raise ValueError
-            frozen = state.frozen
-            leaves, value, aux, norms = flat_step.compiled(state.leaves, frozen, batch)
+            return compiled.lower(state.leaves, state.frozen, inputs)
         except UnknownStates as unknown:
-            return self(_extend(state, unknown), *batch)
-        except Exception:
-            self._check(state)
-            raise
-        count, newest = state.count + flat_step.steps_per_call, state.newest
-        following = TrainState(flat_step, frozen, leaves, count, newest)
-        if newest is not None:
-            newest[0] = following
-        return following, Metrics(value, aux, norms)
+            return self.lower(_extend(state, unknown), *batch, **kwargs)
 
-    def lower(self, state: TrainState, /, *batch: Any) -> Any:
-        """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
-        self._check(state)
-        try:
-            return state.flat_step.compiled.lower(state.leaves, state.frozen, batch)
-        except UnknownStates as unknown:
-            return self.lower(_extend(state, unknown), *batch)
-
-    def _check(self, state: Any) -> None:
+    def check(self, state: Any) -> None:
         """Refuses what a step cannot take."""
         if not isinstance(state, TrainState):
             raise TypeError(
@@ -207,6 +238,78 @@ class TrainStep:
         state.check()
 
 
+def _make_step(trainer: _Trainer) -> TrainStep:
+    # A function, because Python handles Ctrl-C when an object has been called, and nothing has
+    # stored its result yet; but not when a function has been.
+    def step(state: TrainState, /, *batch: Any, **kwargs: Any) -> tuple[TrainState, Metrics]:
+        if type(state) is not TrainState or state.flat_step.owner is not trainer:
+            trainer.check(state)
+        flat_step, leaves = state.flat_step, None
+        first = state.leaves[0]
+        if type(first) in CONCRETE and first.is_deleted():
+            trainer.check(state)
+        compiled, inputs = flat_step.compiled, (batch, kwargs)
+        if kwargs or not PLAIN.issuperset(map(type, batch)):
+            compiled, inputs = flat_step.find_program(inputs)
+        try:
+            # Unpacked by C code, so that no interrupt comes before the results are stored.
+            ((leaves, value, aux, norms),) = map(
+                compiled, (state.leaves,), (state.frozen,), (inputs,)
+            )
+            count, history = state.count + flat_step.steps_per_call, state.history
+            following = TrainState(flat_step, state.frozen, leaves, count, history)
+            if history is not None:
+                history.note(following)
+            return following, Metrics(value, aux, norms)
+        except UnknownStates as unknown:
+            return step(_extend(state, unknown), *batch, **kwargs)
+        except BaseException as error:
+            _recover(state, leaves, error)
+            raise
+
+    vars(step).update(init=trainer.init, lower=trainer.lower)
+    return cast(TrainStep, step)
+
+
+def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
+    """Leaves a state to go on with, if there is one."""
+    if not state.is_donated:
+        return
+    if leaves is not None:
+        state.take_over(leaves)
+    else:
+        error.add_note(
+            "The step had taken over the arrays of its `TrainState`, so this state is gone. To "
+            "go on after such an error, use `vg.train_step(..., keep_every=n)`, which copies "
+            "each n-th state to `state.kept`, or `donate=False`, which keeps every state and "
+            "takes twice the memory. `vg.save` writes one to a file."
+        )
+
+
+def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
+    """Refuses what is not meant for `init`."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
+    is_key = is_typed or (dtype == jnp.uint32 and ndim == 1)
+    if key is not None and not is_key:
+        raise TypeError(
+            "`init(key=...)` must be a PRNG key, as `jax.random.key(seed)` makes one. Got "
+            f"{eqx.tree_pformat(key)}."
+        )
+    if nn_state is not None and not isinstance(nn_state, eqx.nn.State):
+        raise TypeError(
+            "`init(nn_state=...)` must be the `equinox.nn.State` of the module, as "
+            "`eqx.nn.make_with_state` makes it. Got "
+            f"{eqx.tree_pformat(nn_state)}. Other values that change are auxiliary data, or in "
+            "a `vg.State`."
+        )
+    if batch is not None and not isinstance(batch, tuple | list):
+        raise TypeError(
+            "`init(batch=...)` must be a tuple of the positional arguments of `func`, such as "
+            f"`(x, y)`. Got {eqx.tree_pformat(batch)}."
+        )
+
+
 def train_step(
     func: Callable[..., Any],
     tx: Any,
@@ -218,6 +321,8 @@ def train_step(
     accumulate: int = 1,
     packed: bool = False,
     grad_norms: bool = False,
+    donate: bool = True,
+    keep_every: int = 0,
 ) -> TrainStep:
     """Creates a compiled training step: the gradient of `func`, and a step of `tx`.
 
@@ -246,6 +351,10 @@ def train_step(
         dtype, and so with each moment of the optimizer. For models of many small arrays,
         this is several times faster, but compiling takes longer. Larger arrays stay alone.
     - `grad_norms`: whether the metrics hold the norm of each gradient.
+    - `donate`: whether a step takes over the arrays of its state. If `False`, every state
+        lives on, also when a step fails, and a step takes twice the memory.
+    - `keep_every`: if not zero, every `keep_every`-th state is copied to `state.kept`, to go on
+        with after a step that fails. That takes the memory of one more state, and waits for it.
 
     **Returns:**
 
@@ -284,11 +393,15 @@ def train_step(
     if not callable(func):
         raise TypeError(f"`train_step(func=...)` must be a callable. Got {func!r}.")
     check_tx(tx, "train_step(tx=...)")
-    for name, number in {"steps_per_call": steps_per_call, "accumulate": accumulate}.items():
+    numbers = {"steps_per_call": steps_per_call, "accumulate": accumulate}
+    for name, number in {**numbers, "keep_every": keep_every}.items():
+        least = 1 if name in numbers else 0
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"`train_step({name}=...)` must be an int. Got {number!r}.")
-        if number < 1:
-            raise ValueError(f"`train_step({name}=...)` must be at least 1. Got {number}.")
+        if number < least:
+            raise ValueError(
+                f"`train_step({name}=...)` must be at least {least}. Got {number}."
+            )
     parsed = parse_grad_states(grad_states, "train_step(grad_states=...)")
     if parsed is None:
         raise TypeError(
@@ -296,15 +409,24 @@ def train_step(
             "None. To train all inexact arrays, leave it out."
         )
     options = Options(
-        func, tx, has_aux, check_states, steps_per_call, accumulate, packed, grad_norms
+        func,
+        tx,
+        has_aux,
+        check_states,
+        steps_per_call,
+        accumulate,
+        packed,
+        grad_norms,
+        donate,
+        keep_every,
     )
-    return TrainStep(options, parsed)
+    return _make_step(_Trainer(options, parsed))
 
 
 def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
     """The same state, which carries the values of more states by reference."""
     flat_step, leaves = state.flat_step.extend(state.leaves, unknown)
-    return TrainState(flat_step, state.frozen, leaves, state.count, state.newest)
+    return TrainState(flat_step, state.frozen, leaves, state.count, state.history)
 
 
 def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
