@@ -44,13 +44,14 @@ def write_hyperparams(
     changed = _walk(opt_state, None, change)
     wrong = scheduled or set(values) - written
     if wrong or not values:
-        known = read_hyperparams(opt_state)
+        found = read_hyperparams(opt_state)
+        known = jtu.tree_map(str, found) if found else "none"
         names = ", ".join(f"`{name}`" for name in sorted(wrong)) or "none"
         where = "" if group is None else f" in the group {group!r}"
         raise ValueError(
             f"`{caller}` must name hyperparameters of `optax.inject_hyperparams` that follow "
-            f"no schedule. Got {names}{where}. There are {jtu.tree_map(str, known) if known else 'none'}. Wrap the transformation, "
-            "as in `optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)`."
+            f"no schedule. Got {names}{where}. There are {known}. Wrap it, as in "
+            "`optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)`."
         )
     return changed
 
