@@ -53,7 +53,7 @@ class TrainState:
     """
 
     # Few, because setting each takes a share of the time of a step.
-    __slots__ = ("_model", "count", "flat_step", "frozen", "history", "leaves")
+    __slots__ = ("_is_rebuilt", "_model", "count", "flat_step", "frozen", "history", "leaves")
 
     def __init__(
         self,
@@ -241,14 +241,17 @@ _NAMES = tuple(map(jtu.GetAttrKey, ("leaves", "frozen", "count")))
 
 def _flatten(state: TrainState) -> tuple[Any, FlatStep]:
     count = state.count
-    if isinstance(count, int):  # JAX makes states of all kinds of things
+    # One that JAX has built may hold anything, such as the axes of `jax.vmap`.
+    if isinstance(count, int) and not hasattr(state, "_is_rebuilt"):
         count = jnp.asarray(count, jnp.int32)
     return tuple(zip(_NAMES, (state.leaves, state.frozen, count), strict=True)), state.flat_step
 
 
 def _unflatten(flat_step: FlatStep, children: Any) -> TrainState:
     leaves, frozen, count = children
-    return TrainState.begin(flat_step, frozen, leaves, count)
+    state = TrainState.begin(flat_step, frozen, leaves, count)
+    state._is_rebuilt = True  # noqa: SLF001
+    return state
 
 
 jtu.register_pytree_with_keys(TrainState, _flatten, _unflatten)
