@@ -1,5 +1,7 @@
 """A transformation for each group, anywhere in a chain, and what each is passed."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -72,7 +74,7 @@ def test_a_transformation_gets_the_extra_arguments_it_takes(wrap):
         seen.update(mine=mine, value=value_fn(params))
         return updates, state
 
-    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)  # pyright: ignore[reportArgumentType]
     opt = vg.Optimizer(wrap(tx), TREE)
     value_fn = lambda tree: tree["a"] + tree["b"] + 1.0
     extra_args = {"mine": 5, "others": 6, "value_fn": value_fn}
@@ -102,12 +104,13 @@ def test_sharpness_aware_minimization_in_a_training_step():
     assert tree_allclose(state.model, model)
 
 
+partition: Any = vg.partition
 WRONG = {
-    "no dict": (lambda: vg.partition(SGD), TypeError, "must be a dict from selector"),
+    "no dict": (lambda: partition(SGD), TypeError, "must be a dict from selector"),
     "no group": (lambda: vg.partition({}), ValueError, "must have at least one group"),
     "no transformation": (lambda: vg.partition({"a": 1.0}), TypeError, "must be an optax tr"),
     "a module": (
-        lambda: vg.partition({"**": SGD}).init(make_mlp()),
+        lambda: partition({"**": SGD}).init(make_mlp()),
         TypeError,
         "must be a flat dict from path to leaf.*Got a `MLP`",
     ),

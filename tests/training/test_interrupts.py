@@ -4,6 +4,7 @@ import _thread
 import random
 import threading
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -148,8 +149,40 @@ def fail(step, state, *shape):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_an_error_of_the_loss_is_what_is_raised(options):
     step = vg.train_step(guarded, optax.sgd(0.1), **options)
-    with pytest.raises(Exception, match="x must be below 5"):
+    with pytest.raises(Exception, match="^x must be below 5"):
         fail(step, step.init(ONE), *[2] * (len(options) and "packed" not in options))
+
+
+def test_an_error_keeps_its_type_its_cause_and_the_state_before_the_program_runs():
+    class Mine(Exception):
+        pass
+
+    def func(w, x):
+        try:
+            raise KeyError("first")
+        except KeyError as error:
+            raise Mine from error
+
+    step = vg.train_step(func, optax.sgd(0.1))
+    state = step.init(ONE)
+    with pytest.raises(Mine) as info:
+        step(state, 1.0)
+    assert isinstance(info.value.__cause__, KeyError)
+    assert float(state.model["a"]) == 1.0
+
+
+def test_the_error_of_a_callback_is_what_is_raised():
+    def check(x):
+        raise ZeroDivisionError("mine")
+
+    def func(w, x):
+        jax.debug.callback(check, x)
+        return w["a"] * x
+
+    step = vg.train_step(func, optax.sgd(0.1))
+    with pytest.raises(Exception, match="mine"):  # noqa: PT012
+        fail(step, step.init(ONE))
+        jax.effects_barrier()
 
 
 def test_without_donation_the_last_good_state_is_there():
@@ -163,14 +196,15 @@ def test_without_donation_the_last_good_state_is_there():
 
 def test_a_copy_is_kept_now_and_then():
     step = vg.train_step(guarded, optax.sgd(0.1), keep_every=2)
-    state = step.init(ONE)
+    state: Any = step.init(ONE)
     assert state.kept is None
     for _ in range(5):
         state, _ = step(state, jnp.array(1.0))
     with pytest.raises(Exception, match="x must be below 5"):
         fail(step, state)
-    assert state.kept.count == 4
-    state, _ = step(state.kept, jnp.array(1.0))
+    kept: Any = state.kept
+    assert kept.count == 4
+    state, _ = step(kept, jnp.array(1.0))
     assert float(state.model["a"]) == pytest.approx(0.5)
 
 

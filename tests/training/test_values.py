@@ -156,6 +156,7 @@ def test_an_ensemble_of_trainings():
     states = eqx.filter_vmap(lambda key: step.init(make(key)))(keys)
     states = states.set_hyperparams(learning_rate=jnp.array([1e-2, 1e-2, 0.0, 1e-3]))
     axes = jax.tree.map(lambda _: 0, states)
+    metrics: Any = None
     mapped = jax.jit(jax.vmap(step, in_axes=(axes, None, None)))
     for _ in range(3):
         states, metrics = mapped(states, X, Y)
@@ -299,7 +300,7 @@ def test_modules_strings_and_flags_in_a_batch(over_states):
         step = vg.train_step(func, SGD)
         state = step.init(make_ones())
     x = jnp.arange(3.0)
-    value, student = None, make_ones()
+    first, student, teacher = 0, make_ones(), None
     for i in range(4):
         teacher = Teacher(jnp.full(3, float(i)), 0.5, jnp.tanh)
         state, metrics = step(state, x, teacher, mode="mean", training=True)
@@ -329,6 +330,7 @@ def test_two_networks_that_train_against_each_other():
     critic_step = vg.train_step(critic_loss, optax.adam(1e-2), check_states=False)
     actor_step = vg.train_step(actor_loss, optax.adam(1e-2))
     critic, actor = critic_step.init(make(0)), actor_step.init(make(1))
+    metrics: Any = None
     for _ in range(3):
         critic, _ = critic_step(critic, actor.model, real, noise)
         actor, metrics = actor_step(actor, critic.model, noise)
@@ -338,7 +340,8 @@ def test_two_networks_that_train_against_each_other():
 
 def test_static_values_with_arrays_in_scanned_steps():
     func = lambda w, x, mode: jnp.sum(w["a"] * x) if mode == "sum" else jnp.mean(w["a"] * x)
-    for options in ({"steps_per_call": 2}, {"accumulate": 2}):
+    every: list[Any] = [{"steps_per_call": 2}, {"accumulate": 2}]
+    for options in every:
         step = vg.train_step(func, SGD, **options)
         _, metrics = step(step.init(make_ones()), jnp.ones((2, 3)), "sum")
         assert float(metrics.value[0]) == 3.0
@@ -414,7 +417,8 @@ def test_a_type_error_in_the_loss_has_no_note():
 
 
 def test_a_trained_state_that_the_loss_sets():
-    for options in ({}, {"steps_per_call": 2}):
+    every: list[Any] = [{}, {"steps_per_call": 2}]
+    for options in every:
         w, other = vg.State(jnp.array(3.0)), vg.State(jnp.array(3.0))
 
         def func(state):
@@ -428,6 +432,7 @@ def test_a_trained_state_that_the_loss_sets():
         for _ in range(options.get("steps_per_call", 1)):
             opt.step(vg.vector_grad(lambda _, other=other: func(other), other)(None))
         assert tree_allclose(w.value, other.value)
+    w = vg.State(jnp.array(3.0))
     step = vg.train_step(lambda x: func(w) * x, SGD, w, accumulate=2)
     with pytest.raises(ValueError, match="must not set a state that is trained"):
         step(step.init(), jnp.ones(2))

@@ -15,7 +15,7 @@ class TrainState:
 
     It holds flat arrays, which each step takes over: a state is used once, and the step
     returns the next one. The module is put together only when it is asked for. It is a pytree
-    of those arrays.
+    of those arrays and of the count, so `jax.lax.scan`, `jax.tree.map` and the like take it.
 
     Over states by reference, it carries their values, and the states have old ones meanwhile.
     `sync()` sets them; so does the end of a `with` block, for the latest state that was made
@@ -27,13 +27,15 @@ class TrainState:
 
     **Returns:**
 
-    A state with the `count` of steps, an int, and these properties, which are copies, and
-    live on:
+    A state with the `count` of steps, `copy()`, which makes a state of its own, and
+    `set_hyperparams`; and with these properties, which are copies, and live on:
 
     - `model`: the module as it is now.
     - `optimizer`: its [`vgrad_eqx.Optimizer`][].
     - `nn_state`: its `equinox.nn.State`, or `None`.
     - `key`: the PRNG key that the next step splits, or `None`.
+    - `hyperparams`: those that `optax.inject_hyperparams` keeps.
+    - `kept`: the last state that `train_step(keep_every=n)` has copied, or `None`.
 
     **Raises:**
 

@@ -2,6 +2,7 @@
 
 import functools as ft
 import operator
+import re
 from collections.abc import Callable
 from typing import Any, cast, Protocol, runtime_checkable
 
@@ -57,8 +58,8 @@ class TrainStep(Protocol):
         **Arguments:**
 
         - `state`: the state that `init` or the last step returned.
-        - `batch`: the positional arguments of `func` after the module, pytrees of arrays and
-            numbers.
+        - `batch`, `kwargs`: the arguments of `func` after the module. Arrays and numbers are
+            traced; all else is constant, and so are the numbers in modules.
 
         **Returns:**
 
@@ -66,7 +67,8 @@ class TrainStep(Protocol):
 
         **Raises:**
 
-        - `RuntimeError`: for a state that a step has taken over.
+        - `RuntimeError`: for a state that a step has taken over. An error that the program
+            raises while it runs is raised as it is, and JAX has taken over the state by then.
         - `TypeError`: for something else than a state; and as [`vgrad_eqx.vector_grad`][].
         - `ValueError`: for a state of another `train_step`; for a batch without the first axes
             that `steps_per_call` and `accumulate` ask for; and as
@@ -262,28 +264,35 @@ def _make_step(trainer: _Trainer) -> TrainStep:
                 history.note(following)
             return following, Metrics(value, aux, norms)
         except UnknownStates as unknown:
-            return step(_extend(state, unknown), *batch, **kwargs)
+            extended = _extend(state, unknown)
         except BaseException as error:
             _recover(state, leaves, error)
             raise
+        return step(extended, *batch, **kwargs)
 
     vars(step).update(init=trainer.init, lower=trainer.lower)
     return cast(TrainStep, step)
 
 
 def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
-    """Leaves a state to go on with, if there is one."""
-    if not state.is_donated:
-        return
-    if leaves is not None:
+    """Leaves a state to go on with, if there is one, and says what `eqx.error_if` says."""
+    checked = _CHECKED.search(str(error))
+    clear = error if checked is None else eqx.EquinoxRuntimeError(checked[1])
+    if state.is_donated and leaves is not None:
         state.take_over(leaves)
-    else:
-        error.add_note(
+    elif state.is_donated:
+        clear.add_note(
             "The step had taken over the arrays of its `TrainState`, so this state is gone. To "
             "go on after such an error, use `vg.train_step(..., keep_every=n)`, which copies "
             "each n-th state to `state.kept`, or `donate=False`, which keeps every state and "
             "takes twice the memory. `vg.save` writes one to a file."
         )
+    if clear is not error:
+        raise clear from None
+
+
+# The words of a check, among those of JAX and Equinox about the callback that it is.
+_CHECKED = re.compile(r"_EquinoxRuntimeError: (.*?)\n\n\n---", re.DOTALL)
 
 
 def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
