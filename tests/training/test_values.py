@@ -347,13 +347,29 @@ def test_static_values_with_arrays_in_scanned_steps():
         assert float(metrics.value[0]) == 3.0
 
 
+class Scale(eqx.Module):
+    array: jax.Array
+    number: float
+
+
+def test_numbers_in_modules_are_constant():
+    def func(w, x, scale):
+        assert isinstance(scale.number, float)
+        return square(w, x) * jnp.sum(scale.array) * scale.number
+
+    step = vg.train_step(func, SGD)
+    _, metrics = step(step.init(make_ones()), jnp.ones(3), Scale(jnp.ones(2), 0.5))
+    assert float(metrics.value) == 3.0
+
+
 def test_numbers_are_traced():
-    func, traces = count_traces(lambda w, x, scale: scale * square(w, x))
+    func, traces = count_traces(lambda w, x, scale, mode=None: scale * square(w, x))
     step = vg.train_step(func, SGD)
     state = step.init(make_ones())
     for i in range(4):
         state, _ = step(state, jnp.ones(3), float(i))
-    assert len(traces) == 1
+        state, _ = step(state, jnp.ones(3), float(i), "mode")
+    assert len(traces) == 2
 
 
 class NoHash:

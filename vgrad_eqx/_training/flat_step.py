@@ -155,12 +155,11 @@ class FlatStep:
         All that is no array or number is constant; and so is a number in a module, which may
         decide by it.
         """
-        leaves = jtu.tree_leaves(inputs)
+        leaves = jtu.tree_leaves(inputs, is_leaf=_is_module)
         if PLAIN.issuperset(map(type, leaves)):
             return self.compiled, inputs
         PLAIN.update([type(leaf) for leaf in leaves if isinstance(leaf, jax.Array)])
-        is_module = lambda node: isinstance(node, eqx.Module)
-        inputs = jtu.tree_map(_trace_number, inputs, is_leaf=is_module)
+        inputs = jtu.tree_map(_trace_number, inputs, is_leaf=_is_module)
         split = split_arrays(inputs, is_array)
         rest = split.rest
         if len(split.diff) == rest.structure.num_leaves:
@@ -412,6 +411,10 @@ PLAIN: set[type] = {int, float, complex, np.ndarray}
 
 # The types of JAX arrays that are no tracers, which can be donated. No public name is theirs.
 CONCRETE: set[type] = set()
+
+
+# `isinstance` with its second argument bound, so that JAX calls no Python for each node.
+_is_module = type.__instancecheck__.__get__(eqx.Module)
 
 
 def _trace_number(leaf: Any) -> Any:

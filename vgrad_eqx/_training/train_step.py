@@ -341,11 +341,11 @@ def train_step(
 
     **Arguments:**
 
-    - `func`: the loss, `func(model, *batch)`. Its output may be what
-        [`vgrad_eqx.vector_grad`][] takes, a scalar or a vector of losses: the step goes
-        along the gradient of the sum of all outputs.
+    - `func`: the loss, `func(model, *batch, **kwargs)`. It returns one array or Quantity, a
+        scalar or a vector of losses: the step goes along the gradient of their sum.
     - `tx`: an optax transformation, or a dict from selector to transformation, as in
-        [`vgrad_eqx.Optimizer`][]. Line searches get their extra arguments.
+        [`vgrad_eqx.Optimizer`][]. Line searches get their extra arguments. With
+        `optax.apply_if_finite`, a step that is rejected leaves `nn_state` as it was.
     - `grad_states`: what is trained: a selector of leaves of the module, or states by
         reference, as in [`vgrad_eqx.vector_grad`][]. Defaults to all inexact arrays of the
         module. Over states, `func(*batch)` closes over them.
