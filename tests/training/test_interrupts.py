@@ -104,6 +104,15 @@ def test_ctrl_c_loses_no_step(make):
         training.check()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", TRAININGS.values(), ids=TRAININGS.keys())
+def test_ctrl_c_at_many_moments_loses_no_step(make):
+    training, moments = make(), random.Random(1)
+    for _ in range(250):
+        interrupt(training, 0.002 + 0.01 * moments.random())
+        training.check()
+
+
 def test_ctrl_c_in_a_with_block_sets_the_states():
     training, moments = StateTraining(), random.Random(0)
     count = int(training.opt.count)

@@ -454,6 +454,21 @@ def test_a_trained_state_that_the_loss_sets():
         step(step.init(), jnp.ones(2))
 
 
+def test_parts_of_a_batch_with_different_numbers_of_tokens():
+    tokens = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    x, num_parts = jnp.arange(6.0).reshape(2, 3), 2
+
+    def func(w, x, tokens, total):
+        return jnp.sum(tokens * (w["a"] * x - 1.0) ** 2) / total
+
+    parts = vg.train_step(func, SGD, accumulate=num_parts)
+    total = jnp.full(num_parts, tokens.sum() / num_parts)
+    state, _ = parts(parts.init(make_ones()), x, tokens, total)
+    whole = vg.train_step(func, SGD)
+    expected, _ = whole(whole.init(make_ones()), x, tokens, tokens.sum())
+    assert tree_allclose(state.model, expected.model)
+
+
 def test_a_rejected_step_drops_the_statistics_of_its_batch():
     norm, nn_state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="ema")
 

@@ -378,9 +378,9 @@ def train_step(
     **Raises:**
 
     - `TypeError`: at once, if `func` is not callable or `tx` is no optax transformation; if
-        `steps_per_call` or `accumulate` is no int.
-    - `ValueError`: at once, if one of those is below 1. For the errors of `init` and of the
-        step, see there.
+        `steps_per_call`, `accumulate` or `keep_every` is no int.
+    - `ValueError`: at once, if one of those is below 1, or `keep_every` below 0. For the
+        errors of `init` and of the step, see there.
 
     **Example:**
 
