@@ -459,7 +459,8 @@ def test_parts_of_a_batch_with_different_numbers_of_tokens():
     x, num_parts = jnp.arange(6.0).reshape(2, 3), 2
 
     def func(w, x, tokens, total):
-        return jnp.sum(tokens * (w["a"] * x - 1.0) ** 2) / total
+        errors = jnp.broadcast_to(w["a"], x.shape) * x - 1.0
+        return jnp.sum(tokens * errors**2) / total
 
     parts = vg.train_step(func, SGD, accumulate=num_parts)
     total = jnp.full(num_parts, tokens.sum() / num_parts)
