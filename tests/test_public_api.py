@@ -31,6 +31,7 @@ def test_what_is_public():
         "jit",
         "leaf",
         "load",
+        "partition",
         "path",
         "plot_grad_norms",
         "replace_states",

@@ -15,6 +15,7 @@ from ._jit.jit import jit as jit
 from ._optimizers.norms import grad_norms as grad_norms
 from ._optimizers.norms import plot_grad_norms as plot_grad_norms
 from ._optimizers.optimizer import Optimizer as Optimizer
+from ._optimizers.partition import partition as partition
 from ._optimizers.state_optimizer import StateOptimizer as StateOptimizer
 from ._optimizers.unitful import unitful as unitful
 from ._select.selectors import at as at

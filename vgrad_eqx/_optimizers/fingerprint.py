@@ -34,6 +34,12 @@ class Fingerprinted:
     def __repr__(self) -> str:
         return repr(self.value)
 
+    def __reduce__(self) -> Any:
+        return Fingerprinted, (self.value,)
+
+    def __deepcopy__(self, memo: Any) -> "Fingerprinted":
+        return self
+
 
 def _is_unchanged(fingerprinted: Fingerprinted) -> bool:
     return _fingerprint(fingerprinted.value, {}) == fingerprinted._print  # noqa: SLF001

@@ -15,7 +15,20 @@ from .._tree.flat import FlatTree, replace_at
 from .._tree.text import near_misses, quote, shorten, show
 from .._tree.units import attach_unit, split_unit
 from .fingerprint import Fingerprinted
-from .groups import Groups, make_groups, precompose
+from .hyperparams import is_hyperparam, read_hyperparams, write_hyperparams
+from .partition import (
+    assign,
+    carry_over,
+    check_tx,
+    Entry,
+    Groups,
+    keep_dtypes,
+    locate,
+    make_partition,
+    precompose,
+    strengthen,
+    take_extra_args,
+)
 from .unitful import naming_leaves_of, UnitfulState
 
 
@@ -39,7 +52,7 @@ class Optimizer(eqx.Module):
 
     An optimizer. It has the `opt_state` of optax (with groups, a dict from the text of the
     selector to the state of its group), the `count` of its steps, an `int32` scalar, and the
-    methods `step`, `params` and `reselect`.
+    methods `step`, `params`, `reselect` and `set_hyperparams`.
 
     **Raises:**
 
@@ -65,20 +78,34 @@ class Optimizer(eqx.Module):
     opt_state: Any
     count: jax.Array
     tx: Fingerprinted = eqx.field(static=True)
-    groups: Groups = eqx.field(static=True)
+    groups: Groups | None = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, tx: Any, model: Any, selector: Any = True):
         flat = FlatTree(model)
         chosen = select(flat, as_selector(selector), "Optimizer(selector=...)")
+        check_tx(tx, "Optimizer(tx=...)")
         self.tx = Fingerprinted(tx)
         self.names = chosen.names
-        self.groups = make_groups(tx, flat, chosen, "Optimizer(tx=...)")
         params = {name: flat.leaves[i] for i, name in zip(*chosen, strict=True)}
+        is_partition = isinstance(tx, dict)
+        self.groups = assign(tx, flat, chosen, "Optimizer(tx=...)") if is_partition else None
         with naming_leaves_of(flat):
-            self.opt_state = self.groups.init(params)
-        _check_units(self.groups, self.opt_state, params)
+            self.opt_state = strengthen(self._transformation.init(params))
+        _check_units(self.opt_state, params)
         self.count = jnp.zeros((), jnp.int32)
+
+    @property
+    def _transformation(self) -> Any:
+        groups = self.groups
+        if groups is None:
+            return take_extra_args(self.tx.value)
+        return make_partition(self.tx.value, lambda _: groups)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The leaves of the `opt_state`, and what they belong to."""
+        return list(locate(self.opt_state, self.names))
 
     def params(self, model: Any) -> dict[str, Any]:
         """The leaves of a module that are updated, by their path."""
@@ -98,8 +125,8 @@ class Optimizer(eqx.Module):
             shape of its leaf, as [`vgrad_eqx.vector_grad`][] gives it. A complex gradient
             follows JAX's convention, and the step is along its conjugate.
         - `extra_args`: what the transformation takes besides, such as `value`, `grad` (a
-            dict like `var_grads`) and `value_fn` (a function of the model) of the line
-            searches of optax.
+            dict like `var_grads`) and `value_fn` of the line searches of optax. Each function
+            whose name ends with `_fn` is one of the model. What no group takes is ignored.
 
         **Returns:**
 
@@ -120,23 +147,25 @@ class Optimizer(eqx.Module):
         flat = FlatTree(model)
         indices = _find(flat, self.names)
         params = {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
-        with_units = _find_unitful(self.groups, self.opt_state)
+        with_units = _find_unitful(self.opt_state)
         grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
         if extra_args.get("grad") is not None:
             given = extra_args["grad"]
             extra_args["grad"] = _parse_grads(given, params, with_units, f"{caller}(grad=...)")
-        if extra_args.get("value_fn") is not None:
 
-            def rebuild(params: dict[str, Any]) -> Any:
-                values = [params[name] for name in self.names]
-                return flat.unflatten(replace_at(flat.leaves, indices, values))
+        def rebuild(params: dict[str, Any]) -> Any:
+            values = [params[name] for name in self.names]
+            return flat.unflatten(replace_at(flat.leaves, indices, values))
 
-            extra_args["value_fn"] = precompose(extra_args["value_fn"], rebuild)
+        extra_args = precompose(extra_args, rebuild)
         try:
-            updates, opt_state = self.groups.update(grads, self.opt_state, params, extra_args)
+            updates, opt_state = self._transformation.update(
+                grads, self.opt_state, params, **extra_args
+            )
         except Exception as error:
             self._check_state(params, error)
             raise
+        opt_state = keep_dtypes(self.opt_state, opt_state)
         new = [
             add(leaf, updates[name], f"The update of `{caller}` at `{name}`")
             for name, leaf in params.items()
@@ -161,7 +190,8 @@ class Optimizer(eqx.Module):
         moments, is kept for each leaf that stays, also in another group; it starts at zero
         for each new leaf, and for one whose transformation or shape is another. What
         it keeps for a group, such as a count of its own, goes on with the leaves that
-        stay, and starts anew in a group of new leaves alone.
+        stay, and starts anew in a group of new leaves alone. Hyperparameters that
+        `optax.inject_hyperparams` keeps are those of `tx` if it is given.
 
         **Raises:**
 
@@ -169,16 +199,44 @@ class Optimizer(eqx.Module):
             keeps one array for all leaves together.
         """
         fresh = Optimizer(self.tx.value if tx is None else tx, model, selector)
-        opt_state = fresh.groups.carry_over(
-            fresh.opt_state, self.groups, self.opt_state, "Optimizer.reselect"
-        )
+        # A new `tx` comes with its own hyperparameters.
+        old = [each for each in self.entries if tx is None or not is_hyperparam(each.path)]
+        leaves = carry_over(fresh.entries, old, set(self.names))
+        opt_state = jtu.tree_unflatten(jtu.tree_structure(fresh.opt_state), leaves)
         where = lambda opt: (opt.opt_state, opt.count)
         return eqx.tree_at(where, fresh, (opt_state, self.count))
 
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """The hyperparameters that `optax.inject_hyperparams` keeps, by name.
+
+        Those of groups are in a dict for each, by its label.
+        """
+        return read_hyperparams(self.opt_state)
+
+    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "Optimizer":
+        """Changes hyperparameters that `optax.inject_hyperparams` keeps.
+
+        **Arguments:**
+
+        - `group`: the label of the only group to change. Defaults to all that have them.
+        - `values`: the new values by name, such as `learning_rate=1e-4`.
+
+        **Returns:**
+
+        An optimizer with these values, in the dtypes of the old ones. Nothing is traced again.
+
+        **Raises:**
+
+        - `ValueError`: for a hyperparameter that is not there, or that follows a schedule.
+        """
+        caller = "set_hyperparams(...)"
+        opt_state = write_hyperparams(self.opt_state, group, values, caller)
+        return eqx.tree_at(lambda opt: opt.opt_state, self, opt_state)
+
     def _check_state(self, params: dict[str, Any], error: Exception) -> None:
         """Says so if an error comes from the state of another selection."""
-        init = self.groups.init
-        expected = jtu.tree_structure(jax.eval_shape(init, params))
+        expected = jtu.tree_structure(jax.eval_shape(self._transformation.init, params))
         if jtu.tree_structure(self.opt_state) != expected:
             raise ValueError(
                 "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
@@ -186,6 +244,15 @@ class Optimizer(eqx.Module):
                 f"{show(self.opt_state)}. To change what is trained, use "
                 "`reselect`."
             ) from error
+
+
+def check_structure(old: Optimizer, new: Optimizer, caller: str, instead: str) -> None:
+    """Refuses the next optimizer where each must be of one structure."""
+    if jtu.tree_structure(old) != jtu.tree_structure(new):
+        raise ValueError(
+            f"`{caller}(tx=...)` must be a transformation whose state keeps its structure. Got "
+            f"one whose first step changes it, as that of `optax.monitor`. {instead}"
+        )
 
 
 def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
@@ -201,22 +268,18 @@ def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
     return [places[name] for name in names]
 
 
-def _find_unitful(groups: Groups, opt_state: Any) -> set[str]:
+def _find_unitful(opt_state: Any) -> set[str]:
     """The paths of the parameters of which optax does not see the units."""
 
     def is_unitful(node: Any) -> bool:
         return isinstance(node, UnitfulState)
 
-    return {
-        name
-        for group, state in zip(groups.groups, groups.split(opt_state), strict=True)
-        if any(map(is_unitful, jtu.tree_leaves(state, is_leaf=is_unitful)))
-        for name in group.names
-    }
+    nodes = filter(is_unitful, jtu.tree_leaves(opt_state, is_leaf=is_unitful))
+    return {name for node in nodes for name, _ in node.units.by_path}
 
 
-def _check_units(groups: Groups, opt_state: Any, params: dict[str, Any]) -> None:
-    with_units = _find_unitful(groups, opt_state)
+def _check_units(opt_state: Any, params: dict[str, Any]) -> None:
+    with_units = _find_unitful(opt_state)
     for name, leaf in params.items():
         if split_unit(leaf)[1] is not None and name not in with_units:
             raise TypeError(

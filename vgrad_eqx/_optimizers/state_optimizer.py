@@ -11,12 +11,11 @@ import jax.tree_util as jtu
 from .._references.trace import call_with
 from .._references.values import StateValues
 from .._select.grad_states import parse_grad_states
-from .._tree.flat import FlatTree
 from .._tree.sharding import spread
 from .._tree.state import State, write
 from .._tree.text import show
 from .._tree.units import split_unit
-from .optimizer import Optimizer
+from .optimizer import check_structure, Optimizer
 
 
 class StateOptimizer(eqx.Module):
@@ -35,7 +34,7 @@ class StateOptimizer(eqx.Module):
     **Returns:**
 
     An optimizer. It has the `opt_state` of optax, the `count` of its steps, and the methods
-    `step` and `params`.
+    `step`, `params` and `set_hyperparams`.
 
     **Raises:**
 
@@ -82,6 +81,15 @@ class StateOptimizer(eqx.Module):
     def count(self) -> jax.Array:
         return self.memory.value.count
 
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """As [`vgrad_eqx.Optimizer`][] has them."""
+        return self.memory.value.hyperparams
+
+    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> None:
+        """Changes hyperparameters in place, as [`vgrad_eqx.Optimizer`][] does for a new one."""
+        self.memory.value = self.memory.value.set_hyperparams(group, **values)
+
     def params(self) -> dict[str, Any]:
         """The arrays that are updated, by the names of their states."""
         values = self.find_values()
@@ -109,15 +117,15 @@ class StateOptimizer(eqx.Module):
         grads = self._name(values, var_grads, f"{caller}(var_grads=...)")
         if extra_args.get("grad") is not None:
             extra_args["grad"] = self._name(values, extra_args["grad"], f"{caller}(grad=...)")
-        if extra_args.get("value_fn") is not None:
-            extra_args["value_fn"] = _over_params(extra_args["value_fn"], values)
-        params, optimizer = self.memory.value.advance(params, grads, extra_args, caller)
-        if FlatTree(optimizer).structure != self.memory.content.rest.structure:
-            raise ValueError(
-                "`StateOptimizer(tx=...)` must be a transformation whose state keeps its "
-                "structure. Got one whose first step changes it, as that of `optax.monitor`. "
-                "Use `vg.Optimizer` for it."
-            )
+        extra_args = {
+            name: _over_params(each, values)
+            if name.endswith("_fn") and callable(each)
+            else each
+            for name, each in extra_args.items()
+        }
+        old = self.memory.value
+        params, optimizer = old.advance(params, grads, extra_args, caller)
+        check_structure(old, optimizer, "StateOptimizer", "Use `vg.Optimizer` for it.")
         self.memory.value = optimizer
         for ref, name in zip(values.refs.values(), values.names, strict=True):
             write(ref, split_unit(params[name])[0], f"The state `{name}`")

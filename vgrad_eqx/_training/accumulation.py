@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
+import numpy as np
 
 from .._tree.flat import widen
 from .._tree.text import show
@@ -22,8 +22,13 @@ class Result(NamedTuple):
     nn_state: Any
 
 
-# Takes what is carried on, a key or `None`, and a batch.
+# Takes what is carried on, a key or `None`, and the arrays of a batch.
 Differentiate = Callable[[Any, Any, Sequence[Any]], Result]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a batch is traced. All others are constants."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
 
 
 def accumulate(
@@ -32,12 +37,12 @@ def accumulate(
     num_parts: int,
     nn_state: Any,
     key: Any,
-    batch: Sequence[Any],
+    inputs: Sequence[Any],
 ) -> Result:
     """Differentiates part by part. Outputs and auxiliary data are stacked."""
     if num_parts == 1:
-        return differentiate(nn_state, key, batch)
-    check_leading_axis(batch, num_parts, "accumulate")
+        return differentiate(nn_state, key, inputs)
+    check_leading_axis(inputs, num_parts, "accumulate")
     keys = None if key is None else jr.split(key, num_parts)
     units: list[Any] = []
 
@@ -54,7 +59,7 @@ def accumulate(
 
     zeros = [_make_zeros(split_unit(param)[0]) for param in params]
     (sums, nn_state), (values, aux) = jax.lax.scan(
-        body, (zeros, nn_state), (keys, batch), length=num_parts
+        body, (zeros, nn_state), (keys, inputs), length=num_parts
     )
     dtypes = [jnp.result_type(split_unit(param)[0]) for param in params]
     means = [
@@ -68,8 +73,8 @@ def _make_zeros(number: Any) -> Any:
     return jnp.zeros(jnp.shape(number), widen(jnp.result_type(number)))
 
 
-def check_leading_axis(batch: Any, length: int, option: str) -> None:
-    for leaf in jtu.tree_leaves(batch):
+def check_leading_axis(inputs: Sequence[Any], length: int, option: str) -> None:
+    for leaf in inputs:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != length:
             raise ValueError(
                 f"`train_step({option}={length})` takes a batch in which the first axis of "

@@ -1,21 +1,31 @@
 """What a training step does with flat arrays, worked out once for a structure."""
 
-import abc
 import dataclasses
-from collections.abc import Hashable, Sequence
+import functools as ft
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
+import optax
 
 from .._gradients.engine import make_transform, Operator, pull_back
 from .._gradients.flat_function import split_output
 from .._optimizers.norms import grad_norms
+from .._optimizers.optimizer import check_structure, Optimizer
+from .._select.selectors import Indices
+from .._tree.cache import Cache
+from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
 from .._tree.sharding import constrain, find_sharding, spread
-from .._tree.units import attach_unit, find_factors, scale_number
-from .accumulation import check_leading_axis
+from .._tree.state import write
+from .._tree.units import attach_unit, find_factors, scale_number, split_unit
+from .accumulation import accumulate, check_leading_axis, is_array, Result
+from .loss import make_loss
+from .over_states import StateFunction, UnknownStates
 from .packing import Packing
 
 
@@ -65,106 +75,219 @@ class Options(NamedTuple):
     accumulate: int
     packed: bool
     grad_norms: bool
+    donate: bool
+    keep_every: int
 
 
-class FlatStep(abc.ABC):
-    """A training step of flat arrays: parameters, optax state, key, and others, in this order.
+class Carry(NamedTuple):
+    """What a step changes."""
 
-    The steps are counted outside, which takes less time than to pass one array more.
+    params: list[Any]
+    opt_state: Any
+    key: list[Any]
+    nn_state: Any
+
+
+class FlatStep:
+    """A training step of the arrays of a `Carry`, and of the frozen arrays of the module.
+
+    The steps are counted outside, which takes less time than to pass one array more. Over
+    states by reference, the module is the dict of the trained ones, and `nn_state` a list of
+    all others.
     """
 
     def __init__(
         self,
         owner: Any,
         options: Options,
-        kinds: Sequence[Hashable],
-        arrays: Sequence[Any],
+        flat: FlatTree,
+        optimizer: Optimizer,
         key: Any,
+        nn_state: Any,
+        states: StateFunction | None = None,
     ):
-        """`kinds` are those of the parameters and of the optax state."""
         self.owner = owner
         self.options = options
+        self.states = states
         self.steps_per_call = options.steps_per_call
-        self.num_params = kinds.count(_PARAMETER)
-        self.num_trained = len(kinds)
-        self.has_key = key is not None
-        self.impl = find_impl(key)
-        self.packing = None
-        if options.packed:
-            others = [None] * (len(arrays) - len(kinds))
-            self.packing = Packing([*kinds, *others], arrays)
-        self.shardings = tuple(map(find_sharding, arrays))
-        self.compiled = jax.jit(self.run, donate_argnums=0)
-
-    @abc.abstractmethod
-    def once(self, arrays: list[Any], frozen: Any, batch: Any) -> tuple[list[Any], Metrics]:
-        """Takes one step."""
-
-    def make_gradient(self, func: Any, grad_states: Any, has_aux: bool) -> Any:
-        """What a step differentiates by: value, and auxiliary data if any, come along."""
-        return make_transform(
+        places = {flat.names[i]: i for i in flat.differentiable}
+        self._chosen = [places[name] for name in optimizer.names]
+        chosen = set(self._chosen)
+        self._frozen = [
+            i for i, leaf in enumerate(flat.leaves) if _is_array(leaf) and i not in chosen
+        ]
+        # Without units, because parameters travel as Quantities, as optax gets them.
+        rest = flat.split([*self._chosen, *self._frozen]).rest
+        self._rest = dataclasses.replace(rest, units=None)
+        self._names = flat.names
+        self._optimizer = jtu.tree_structure(optimizer)
+        params = [flat.leaves[i] for i in self._chosen]
+        carry = Carry(params, optimizer.opt_state, _strip_key(key), nn_state)
+        arrays, self._carry = jtu.tree_flatten(carry)
+        self._avals = tuple([(jnp.shape(array), jnp.result_type(array)) for array in arrays])
+        self._shardings = tuple(map(find_sharding, arrays))
+        self._impl = _find_impl(key)
+        self._packing = (
+            Packing(_list_kinds(carry, optimizer), arrays) if options.packed else None
+        )
+        self._has_aux = options.has_aux or nn_state is not None
+        self._func = make_loss(options.func, self._has_aux) if states is None else states
+        self._transform = make_transform(
             Operator("train_step", pull_back, adds_up=True),
-            func,
-            grad_states=grad_states,
+            lambda *args, **kwargs: self._func(*args, **kwargs),
+            grad_states=Indices(frozenset(self._chosen)),
             argnums=None,
             return_value=True,
-            has_aux=has_aux,
+            has_aux=self._has_aux,
             unit_aware=True,
-            check_states=self.options.check_states,
+            check_states=options.check_states and states is None,
             debug_nan=False,
         )
+        self.compiled = self._compile(self.run)
+        self._programs = Cache()
 
-    def unpack(self, leaves: Sequence[Any]) -> list[Any]:
-        return list(leaves) if self.packing is None else _unpack(self.packing, leaves)
+    def _compile(self, run: Callable[..., Any]) -> Any:
+        return jax.jit(run, donate_argnums=0 if self.options.donate else ())
+
+    def find_program(self, inputs: Any) -> Any:
+        """A compiled step for such a batch, and what it takes of it.
+
+        All that is no array or number is constant; and so is a number in a module, which may
+        decide by it.
+        """
+        leaves = jtu.tree_leaves(inputs, is_leaf=_is_module)
+        if PLAIN.issuperset(map(type, leaves)):
+            return self.compiled, inputs
+        PLAIN.update([type(leaf) for leaf in leaves if isinstance(leaf, jax.Array)])
+        inputs = jtu.tree_map(_trace_number, inputs, is_leaf=_is_module)
+        split = split_arrays(inputs, is_array)
+        rest = split.rest
+        if len(split.diff) == rest.structure.num_leaves:
+            return self.compiled, inputs
+        constants = tuple([(type(leaf), leaf) for leaf in rest.constants])
+        try:
+            hash((rest.structure, constants))
+        except TypeError as error:
+            raise TypeError(
+                "A training step compiles again for each constant in its batch, so each must "
+                f"have a hash. Got {eqx.tree_pformat(inputs)}. Close over it, or pass an array."
+            ) from error
+        program = self._programs.get((rest.structure, constants))
+        if program is None:
+            program = self._compile(
+                lambda leaves, frozen, arrays: self.run(leaves, frozen, rest.combine(arrays))
+            )
+            self._programs.set((rest.structure, constants), program)
+        return program, split.diff
+
+    @property
+    def signature(self) -> Any:
+        """What tells steps apart that compile to different programs."""
+        static = tuple([(type(leaf), leaf) for leaf in self._rest.constants])
+        structures = (self._rest.structure, self._carry, self._optimizer)
+        arrays = (tuple(self._chosen), self._avals, self._impl, self._shardings)
+        return structures, static, arrays
+
+    def start(
+        self, flat: FlatTree, optimizer: Optimizer, key: Any, nn_state: Any
+    ) -> tuple[tuple[Any, ...], list[Any]]:
+        """The leaves to begin with, and the frozen ones."""
+        params = [flat.leaves[i] for i in self._chosen]
+        carry = Carry(params, optimizer.opt_state, _strip_key(key), nn_state)
+        return self._write(carry), [flat.leaves[i] for i in self._frozen]
+
+    def extend(self, leaves: Sequence[Any], unknown: UnknownStates) -> Any:
+        """A step that carries the values of more states, and its leaves."""
+        assert self.states is not None
+        states, values = self.states.extend(unknown)
+        carry = self._read(leaves)
+        key = self._wrap_key(carry.key)
+        optimizer = self._build_optimizer(carry.opt_state, 0)
+        flat = FlatTree(self._build(carry.params, []))
+        nn_state = [*carry.nn_state, *values]
+        flat_step = FlatStep(self.owner, self.options, flat, optimizer, key, nn_state, states)
+        return flat_step, flat_step.start(flat, optimizer, key, nn_state)[0]
 
     def run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
         """Takes the steps of one call. Returns the next leaves and the three metrics."""
-        arrays = list(leaves) if self.packing is None else self.packing.unpack(leaves)
-        if self.steps_per_call == 1:
-            arrays, metrics = self.once(arrays, frozen, batch)
+        arrays = list(leaves) if self._packing is None else self._packing.unpack(leaves)
+        inputs = split_arrays(batch, is_array)
+        once = lambda arrays, inputs: self._once(arrays, frozen, inputs, rest)
+        rest, length = inputs.rest, self.steps_per_call
+        if length == 1:
+            arrays, metrics = once(arrays, inputs.diff)
         else:
-            length = self.steps_per_call
-            check_leading_axis(batch, length, "steps_per_call")
-            arrays, metrics = jax.lax.scan(
-                lambda arrays, batch: self.once(arrays, frozen, batch), arrays, batch, length
-            )
-        arrays = constrain(arrays, self.shardings)
-        leaves = tuple(arrays) if self.packing is None else self.packing.pack(arrays)
+            check_leading_axis(inputs.diff, length, "steps_per_call")
+            arrays, metrics = jax.lax.scan(once, arrays, inputs.diff, length)
+        arrays = constrain(arrays, self._shardings)
+        leaves = tuple(arrays) if self._packing is None else self._packing.pack(arrays)
         return leaves, metrics.value, metrics.aux, metrics.grad_norms
 
-    def enter(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        """Copies of arrays, which may be donated, as a step takes them."""
-        own = spread([jnp.array(x, jnp.result_type(x), copy=True) for x in arrays])
-        return tuple(own) if self.packing is None else _pack(self.packing, own)
+    def _once(
+        self, arrays: Sequence[Any], frozen: Any, inputs: Sequence[Any], rest: Rest
+    ) -> tuple[list[Any], Metrics]:
+        """Takes one step."""
+        params, opt_state, keys, first_nn_state = jtu.tree_unflatten(self._carry, arrays)
+        optimizer = self._build_optimizer(opt_state, jnp.zeros((), jnp.int32))
+        model = self._build(params, frozen)
+        keys, subkey = self._split_key(keys)
+        num_parts = self.options.accumulate
 
-    def copy(self, leaves: Sequence[Any], part: slice) -> list[Any]:
-        """Some of the arrays, which live on when the leaves are donated."""
-        return [jnp.array(array, copy=True) for array in self.unpack(leaves)[part]]
+        def list_arguments(model: Any, nn_state: Any, key: Any, inputs: Any) -> Any:
+            batch, kwargs = rest.combine(inputs)
+            # A copy, because an `equinox.nn.State` is used up by the function that changes it.
+            states = () if nn_state is None else (jtu.tree_map(lambda leaf: leaf, nn_state),)
+            kwargs = kwargs if key is None else dict(key=key, **kwargs)
+            return (model, *states, *batch), kwargs
 
-    @property
-    def params(self) -> slice:
-        return slice(0, self.num_params)
+        def differentiate(nn_state: Any, key: Any, inputs: Any) -> Result:
+            args, kwargs = list_arguments(model, nn_state, key, inputs)
+            grads, value, *others = self._transform(*args, **kwargs)
+            aux, nn_state = self._split_aux(others, nn_state)
+            return Result([grads[name] for name in optimizer.names], value, aux, nn_state)
 
-    @property
-    def opt_state(self) -> slice:
-        return slice(self.num_params, self.num_trained)
+        def evaluate(model: Any) -> Any:
+            def value(_: Any, key: Any, inputs: Any) -> Result:
+                args, kwargs = list_arguments(model, first_nn_state, key, inputs)
+                out = self._func(*args, **kwargs)
+                return Result([], out[0] if self._has_aux else out, None, None)
 
-    @property
-    def key(self) -> slice:
-        return slice(self.num_trained, self.num_trained + self.has_key)
+            return self._average(accumulate(value, [], num_parts, None, subkey, inputs).value)
 
-    @property
-    def others(self) -> slice:
-        return slice(self.num_trained + self.has_key, None)
+        result = accumulate(differentiate, params, num_parts, first_nn_state, subkey, inputs)
+        grads = dict(zip(optimizer.names, result.grads, strict=True))
+        value, aux = self._average(result.value), result.aux
+        if self.states is not None:
+            aux, written = aux
+            model = {**model, **self._take_last(written)}
+        extra_args = {"value": value, "grad": grads, "value_fn": evaluate}
+        model, following = optimizer.step(model, grads, **extra_args)
+        check_structure(
+            optimizer,
+            following,
+            "train_step",
+            "Take that step by a `vg.Optimizer`, and go on by `init(model, optimizer=opt)`.",
+        )
+        params = list(optimizer.params(model).values())
+        nn_state = result.nn_state
+        if nn_state is not None and self.states is None:
+            nn_state = _drop_if_rejected(following.opt_state, nn_state, old=first_nn_state)
+        carry = Carry(params, following.opt_state, keys, nn_state)
+        arrays = jtu.tree_leaves(carry)
+        norms = grad_norms(grads) if self.options.grad_norms else None
+        return arrays, Metrics(result.value, aux, norms)
 
-    def split_key(self, keys: list[Any]) -> tuple[list[Any], Any]:
-        """The numbers of the next key, and a key for this step; or nothing, and `None`."""
-        if not keys:
-            return [], None
-        key, subkey = jr.split(self.wrap_key(keys[0]))
-        return strip_key(key), subkey
+    def _take_last(self, written: dict[str, Any]) -> dict[str, Any]:
+        """What `func` has set trained states to."""
+        if written and self.options.accumulate > 1:
+            raise ValueError(
+                "`train_step(func=..., accumulate=...)` must not set a state that is trained, "
+                "because all parts of a batch are differentiated by the same values. Got one "
+                f"that sets {list_names(written)}."
+            )
+        return written
 
-    def average(self, value: Any) -> Any:
+    def _average(self, value: Any) -> Any:
         """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
         numbers, output = split_output(value, None, "train_step")
         text = "`train_step(func=...)` must return outputs of one dimension."
@@ -172,44 +295,173 @@ class FlatStep(abc.ABC):
         total = sum(jnp.sum(scale_number(x, f)) for x, f in zip(numbers, factors, strict=True))
         return attach_unit(total / self.options.accumulate, output.units[0])
 
-    def measure(self, value: Any, aux: Any, var_grads: Any) -> Metrics:
-        norms = grad_norms(var_grads) if self.options.grad_norms else None
-        return Metrics(value, aux, norms)
+    def _split_aux(self, others: list[Any], nn_state: Any) -> tuple[Any, Any]:
+        """The auxiliary data, and the next `equinox.nn.State`."""
+        if nn_state is None:
+            return (others[0] if others else None), None
+        (aux,) = others
+        if self.states is not None:
+            return aux[1], aux[0]
+        if not self.options.has_aux:
+            nn_state, aux = aux, None
+        elif isinstance(aux, tuple | list) and len(aux) == 2:
+            nn_state, aux = aux
+        else:
+            nn_state = None
+        if not isinstance(nn_state, eqx.nn.State):
+            wanted = "(value, (nn_state, aux))" if self.options.has_aux else "(value, nn_state)"
+            raise TypeError(
+                "`train_step(func=...)` must return the next `equinox.nn.State`, as "
+                f"`{wanted}`, because the state was made by `init(..., nn_state=...)`. Got "
+                f"{eqx.tree_pformat(others[0])} beside the value."
+            )
+        return aux, nn_state
 
-    def wrap_key(self, data: Any) -> Any:
-        return data if self.impl is None else jr.wrap_key_data(data, impl=self.impl)
+    def get_model(self, leaves: Sequence[Any], frozen: Sequence[Any]) -> Any:
+        return self._build(_copy(self._read(leaves).params), frozen)
+
+    def get_optimizer(self, leaves: Sequence[Any], count: Any) -> Optimizer:
+        opt_state = _copy(self._read(leaves).opt_state)
+        return self._build_optimizer(opt_state, jnp.asarray(count, jnp.int32))
+
+    def set_hyperparams(
+        self, leaves: Sequence[Any], group: str | None, values: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        carry = self._read(leaves)
+        optimizer = self._build_optimizer(carry.opt_state, 0).set_hyperparams(group, **values)
+        return self._join(jtu.tree_leaves(carry._replace(opt_state=optimizer.opt_state)))
+
+    def get_nn_state(self, leaves: Sequence[Any]) -> Any:
+        return _copy(self._read(leaves).nn_state)
+
+    def get_key(self, leaves: Sequence[Any]) -> Any:
+        return self._wrap_key(_copy(self._read(leaves).key))
+
+    def sync(self, leaves: Sequence[Any], count: Any) -> None:
+        """Gives the states by reference the values that are carried."""
+        assert self.states is not None
+        carry = _copy(self._read(leaves))
+        memory = self._build_optimizer(carry.opt_state, jnp.asarray(count, jnp.int32))
+        params = [split_unit(param)[0] for param in carry.params]
+        trained = [self.states.trained[self._names[i]] for i in self._chosen]
+        refs = [*trained, *self.states.others, *self.states.optimizer.memory.refs]
+        arrays = [*params, *carry.nn_state, *jtu.tree_leaves(memory)]
+        for ref, array in zip(refs, arrays, strict=True):
+            write(ref, jax.device_put(array, ref.sharding), "A state")
+
+    def to_tree(self, leaves: Sequence[Any], frozen: Sequence[Any]) -> dict[str, Any]:
+        """All arrays by name, for a checkpoint."""
+        carry = self._read(leaves)
+        arrays = dict(zip(self._chosen, carry.params, strict=True))
+        arrays.update(zip(self._frozen, frozen, strict=True))
+        model, others = self._tree_keys
+        return {
+            model: {self._names[i]: arrays[i] for i in sorted(arrays)},
+            "opt_state": carry.opt_state,
+            "key": [self._wrap_key([data]) for data in carry.key],
+            others: carry.nn_state,
+        }
+
+    def from_tree(self, tree: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
+        """The inverse of `to_tree`."""
+        model, others = self._tree_keys
+        params = [tree[model][self._names[i]] for i in self._chosen]
+        keys = [data for key in tree["key"] for data in _strip_key(key)]
+        frozen = [tree[model][self._names[i]] for i in self._frozen]
+        return self._write(Carry(params, tree["opt_state"], keys, tree[others])), frozen
+
+    @property
+    def _tree_keys(self) -> tuple[str, str]:
+        return ("model", "nn_state") if self.states is None else ("states", "others")
+
+    def _read(self, leaves: Sequence[Any]) -> Carry:
+        arrays = list(leaves) if self._packing is None else _unpack(self._packing, leaves)
+        return jtu.tree_unflatten(self._carry, arrays)
+
+    def _write(self, carry: Carry) -> tuple[Any, ...]:
+        """Copies of the arrays, which may be donated."""
+        arrays = [jnp.array(x, jnp.result_type(x), copy=True) for x in jtu.tree_leaves(carry)]
+        CONCRETE.update([type(array) for array in arrays if not is_any_traced([array])])
+        return self._join(spread(arrays))
+
+    def _join(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(arrays) if self._packing is None else _pack(self._packing, arrays)
+
+    def _build(self, params: Sequence[Any], frozen: Sequence[Any]) -> Any:
+        return self._rest.combine([*params, *frozen])
+
+    def _build_optimizer(self, opt_state: Any, count: Any) -> Optimizer:
+        return jtu.tree_unflatten(self._optimizer, [*jtu.tree_leaves(opt_state), count])
+
+    def _split_key(self, keys: list[Any]) -> tuple[list[Any], Any]:
+        """The numbers of the next key, and a key for this step; or nothing, and `None`."""
+        if not keys:
+            return [], None
+        key, subkey = jr.split(self._wrap_key(keys))
+        return _strip_key(key), subkey
+
+    def _wrap_key(self, keys: Sequence[Any]) -> Any:
+        if not keys or self._impl is None:
+            return keys[0] if keys else None
+        return jr.wrap_key_data(keys[0], impl=self._impl)
 
 
-_PARAMETER = "parameter"
+# Types of leaves of a batch that are traced. Those of JAX arrays are added when they are seen.
+PLAIN: set[type] = {int, float, complex, np.ndarray}
+
+# The types of JAX arrays that are no tracers, which can be donated. No public name is theirs.
+CONCRETE: set[type] = set()
 
 
-def list_kinds(num_params: int, optimizer: Any) -> list[Hashable]:
-    """The kind of each parameter and of each array in its optax state.
-
-    Those of one kind are packed together.
-    """
-    slots = optimizer.groups.find_slots(optimizer.opt_state)
-    of_state = [None if name is None else slot for slot, name in slots]
-    return [*[_PARAMETER] * num_params, *of_state]
+# `isinstance` with its second argument bound, so that JAX calls no Python for each node.
+_is_module = type.__instancecheck__.__get__(eqx.Module)
 
 
-def find_impl(key: Any) -> Any:
+def _trace_number(leaf: Any) -> Any:
+    is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
+    return jnp.asarray(leaf) if is_number else leaf
+
+
+def _is_array(leaf: Any) -> bool:
+    number, unit = split_unit(leaf)
+    return unit is not None or eqx.is_array(number) or isinstance(number, np.ndarray)
+
+
+def _drop_if_rejected(opt_state: Any, new: Any, old: Any) -> Any:
+    """The next `equinox.nn.State`, or the old one if `optax.apply_if_finite` sees a NaN."""
+    is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)
+    guards = list(filter(is_guard, jtu.tree_leaves(opt_state, is_leaf=is_guard)))
+    if not guards:
+        return new
+    is_finite = jnp.all(jnp.stack([guard.last_finite for guard in guards]))
+    return jtu.tree_map(lambda x, y: jnp.where(is_finite, x, y), new, old)
+
+
+def _list_kinds(carry: Carry, optimizer: Optimizer) -> list[Hashable]:
+    """The kind of each array. Those of one kind are packed together."""
+    entries = optimizer.entries
+    of_state = [None if each.name is None else (each.path, each.group) for each in entries]
+    others = jtu.tree_leaves((carry.key, carry.nn_state))
+    return [*["parameter"] * len(carry.params), *of_state, *[None] * len(others)]
+
+
+def _find_impl(key: Any) -> Any:
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return None
     return jr.key_impl(key)
 
 
-def strip_key(key: Any) -> list[Any]:
+def _strip_key(key: Any) -> list[Any]:
     """The numbers of a key, which JAX passes to compiled functions faster than the key."""
     if key is None:
         return []
-    return [key if find_impl(key) is None else jr.key_data(key)]
+    return [key if _find_impl(key) is None else jr.key_data(key)]
 
 
-def name_key(key: Any) -> dict[str, Any]:
-    """The keyword argument by which a function is passed a key, if there is one."""
-    return {} if key is None else {"key": key}
+def list_names(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
+_copy = ft.partial(jtu.tree_map, lambda array: jnp.array(array, copy=True))
 _pack = jax.jit(Packing.pack, static_argnums=0)
 _unpack = jax.jit(Packing.unpack, static_argnums=0)

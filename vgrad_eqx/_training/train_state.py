@@ -1,33 +1,13 @@
 """What a training step takes and returns."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .module_step import ModuleStep
-from .state_step import StateStep
-
-
-class Run:
-    """What stays the same from state to state."""
-
-    __slots__ = ("compiled", "frozen", "lineage", "owner", "flat_step", "steps")
-
-    def __init__(self, flat_step: Any, frozen: Any, lineage: Any = None):
-        self.flat_step = flat_step
-        self.owner = flat_step.owner
-        self.compiled = flat_step.compiled
-        self.steps = flat_step.steps_per_call
-        self.frozen = frozen
-        self.lineage = lineage
-
-
-class Lineage:
-    """States that were made of one another, of which only the latest is alive."""
-
-    latest: Any = None
+from .._tree.flat import is_any_traced
+from .flat_step import CONCRETE, FlatStep
 
 
 class TrainState:
@@ -35,7 +15,7 @@ class TrainState:
 
     It holds flat arrays, which each step takes over: a state is used once, and the step
     returns the next one. The module is put together only when it is asked for. It is a pytree
-    of those arrays.
+    of those arrays and of the count, so `jax.lax.scan`, `jax.tree.map` and the like take it.
 
     Over states by reference, it carries their values, and the states have old ones meanwhile.
     `sync()` sets them; so does the end of a `with` block, for the latest state that was made
@@ -47,13 +27,15 @@ class TrainState:
 
     **Returns:**
 
-    A state with the `count` of steps, an int, and these properties, which are copies, and
-    live on:
+    A state with the `count` of steps, `copy()`, which makes a state of its own, and
+    `set_hyperparams`; and with these properties, which are copies, and live on:
 
     - `model`: the module as it is now.
     - `optimizer`: its [`vgrad_eqx.Optimizer`][].
     - `nn_state`: its `equinox.nn.State`, or `None`.
     - `key`: the PRNG key that the next step splits, or `None`.
+    - `hyperparams`: those that `optax.inject_hyperparams` keeps.
+    - `kept`: the last state that `train_step(keep_every=n)` has copied, or `None`.
 
     **Raises:**
 
@@ -73,50 +55,90 @@ class TrainState:
     """
 
     # Few, because setting each takes a share of the time of a step.
-    __slots__ = ("_model", "count", "leaves", "run")
+    __slots__ = ("_is_rebuilt", "_model", "count", "flat_step", "frozen", "history", "leaves")
 
-    def __init__(self, run: Run, leaves: Any, count: Any):
-        self.run = run
+    def __init__(
+        self,
+        flat_step: FlatStep,
+        frozen: Any,
+        leaves: Any,
+        count: Any,
+        history: "History | None" = None,
+    ):
+        self.flat_step = flat_step
+        self.frozen = frozen
         self.leaves = leaves
         self.count = count
+        self.history = history
+
+    @classmethod
+    def begin(cls, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any) -> "TrainState":
+        """A state that was not made of another one."""
+        keep_every = flat_step.options.keep_every
+        history = History(keep_every) if keep_every else None
+        return cls(flat_step, frozen, leaves, count, history)
 
     @property
     def model(self) -> Any:
-        self.check()
+        self._check_kind(False, "model")
         if not hasattr(self, "_model"):
-            flat_step = self._get_step(ModuleStep, "model", "Read the states after `sync()`.")
-            self._model = flat_step.get_model(self.leaves, self.run.frozen)
+            self._model = self.flat_step.get_model(self.leaves, self.frozen)
         return self._model
 
     @property
     def optimizer(self) -> Any:
         self.check()
-        return self.run.flat_step.get_optimizer(self.leaves, self.count)
+        return self.flat_step.get_optimizer(self.leaves, self.count)
+
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """As [`vgrad_eqx.Optimizer`][] has them."""
+        return self.optimizer.hyperparams
+
+    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "TrainState":
+        """A state with other hyperparameters, as [`vgrad_eqx.Optimizer`][] sets them.
+
+        It shares its other arrays with this one, so only one of the two can be used.
+        """
+        self.check()
+        leaves = self.flat_step.set_hyperparams(self.leaves, group, values)
+        return TrainState(self.flat_step, self.frozen, leaves, self.count, self.history)
 
     @property
     def nn_state(self) -> Any:
-        self.check()
-        flat_step = self._get_step(ModuleStep, "nn_state", "Read the states after `sync()`.")
-        return flat_step.get_nn_state(self.leaves)
+        self._check_kind(False, "nn_state")
+        return self.flat_step.get_nn_state(self.leaves)
 
     @property
     def key(self) -> Any:
         self.check()
-        keys = self.run.flat_step.copy(self.leaves, self.run.flat_step.key)
-        return self.run.flat_step.wrap_key(keys[0]) if keys else None
+        return self.flat_step.get_key(self.leaves)
+
+    @property
+    def kept(self) -> "TrainState | None":
+        """The last copy that `train_step(keep_every=...)` has made."""
+        return None if self.history is None else self.history.kept
 
     def sync(self) -> None:
         """Sets the states by reference to the values that are carried."""
-        self.check()
-        flat_step = self._get_step(StateStep, "sync", "Its module is `model`.")
-        flat_step.sync(self.leaves, self.count)
+        self._check_kind(True, "sync")
+        jax.block_until_ready(self.leaves)  # an error of the step is raised before they are set
+        self.flat_step.sync(self.leaves, self.count)
 
     def __enter__(self) -> "TrainState":
-        self._get_step(StateStep, "with", "Its module is `model`.")
+        self._check_kind(True, "with")
+        if self.history is None:
+            self.history = History(0)
+        self.history.latest = self
         return self
 
-    def __exit__(self, *args: object) -> None:
-        self.run.lineage.latest.sync()
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        assert self.history is not None
+        latest, kept = self.history.latest, self.history.kept
+        if error is None or _is_good(latest):
+            latest.sync()
+        elif _is_good(kept):
+            kept.sync()
 
     def check(self) -> None:
         """Refuses a state that was taken over."""
@@ -130,26 +152,54 @@ class TrainState:
     def to_tree(self) -> dict[str, Any]:
         """All arrays by name, for a checkpoint."""
         self.check()
-        return {"count": self.count, **self.run.flat_step.to_tree(self.leaves, self.run.frozen)}
+        count = self.count if jnp.ndim(self.count) else int(self.count)
+        return {"count": count, **self.flat_step.to_tree(self.leaves, self.frozen)}
 
     def from_tree(self, tree: dict[str, Any]) -> "TrainState":
         """A state like this one, of such arrays."""
-        flat_step = self.run.flat_step
-        leaves, frozen = flat_step.from_tree(tree)
-        state = TrainState(Run(flat_step, frozen, self.run.lineage), leaves, tree["count"])
-        if self.run.lineage is not None:
-            self.run.lineage.latest = state
-        return state
+        leaves, frozen = self.flat_step.from_tree(tree)
+        return TrainState.begin(self.flat_step, frozen, leaves, tree["count"])
 
     @property
     def is_donated(self) -> bool:
-        return any(isinstance(x, jax.Array) and x.is_deleted() for x in self.leaves)
+        return any(type(leaf) in CONCRETE and leaf.is_deleted() for leaf in self.leaves)
 
-    def _get_step(self, kind: Any, name: str, instead: str) -> Any:
-        if not isinstance(self.run.flat_step, kind):
-            over = "states by reference" if kind is ModuleStep else "a module"
+    def take_over(self, leaves: Any) -> None:
+        """Becomes the next state, which nobody has got because of an interrupt."""
+        if hasattr(self, "_model"):
+            del self._model
+        self.leaves, self.count = leaves, self.count + self.flat_step.steps_per_call
+        if self.history is not None:
+            self.history.latest = self
+
+    def copy(self) -> "TrainState":
+        """A state of its own, which lives on when a step takes over this one."""
+        self.check()
+        leaves = jtu.tree_map(jnp.copy, self.leaves)
+        return TrainState.begin(self.flat_step, self.frozen, leaves, self.count)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: Any) -> "TrainState":
+        return self.copy()
+
+    def __reduce__(self) -> Any:
+        if self.flat_step.states is not None:
+            raise TypeError(
+                "A `TrainState` over states by reference cannot be pickled, because its copy "
+                "would be of other states. Pickle the states after `sync()`, or save it by "
+                "`vg.save`."
+            )
+        parts = self.model, self.key, self.nn_state, self.optimizer
+        return _restore, (self.flat_step.owner, *parts)
+
+    def _check_kind(self, over_states: bool, name: str) -> None:
+        self.check()
+        if over_states == (self.flat_step.states is None):
+            over, instead = ("a module", "Its module is `model`.")
+            if not over_states:
+                over, instead = "states by reference", "Read the states after `sync()`."
             raise TypeError(f"`TrainState.{name}` is not for a state of {over}. {instead}")
-        return self.run.flat_step
 
     def __repr__(self) -> str:
         if self.is_donated:
@@ -157,13 +207,53 @@ class TrainState:
         return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
 
 
-def _flatten(state: TrainState) -> tuple[Sequence[Any], Any]:
-    return (state.leaves, state.run.frozen, state.count), state.run
+class History:
+    """What is known of the states that were made of one another."""
+
+    def __init__(self, keep_every: int):
+        self._keep_every = keep_every
+        self.latest: Any = None
+        self.kept: Any = None
+
+    def note(self, state: TrainState) -> None:
+        self.latest = state
+        if self._keep_every and not is_any_traced(state.leaves):
+            before = state.count - state.flat_step.steps_per_call
+            if before // self._keep_every < state.count // self._keep_every:
+                # It waits for the values, so that only those of a good step are kept.
+                self.kept = jax.block_until_ready(state.copy())
 
 
-def _unflatten(run: Run, children: Sequence[Any]) -> TrainState:
+def _is_good(state: TrainState | None) -> bool:
+    if state is None or state.is_donated:
+        return False
+    try:
+        jax.block_until_ready(state.leaves)
+    except Exception:  # the step has failed
+        return False
+    return True
+
+
+def _restore(owner: Any, model: Any, key: Any, nn_state: Any, optimizer: Any) -> TrainState:
+    return owner.init(model, key=key, nn_state=nn_state, optimizer=optimizer)
+
+
+_NAMES = tuple(map(jtu.GetAttrKey, ("leaves", "frozen", "count")))
+
+
+def _flatten(state: TrainState) -> tuple[Any, FlatStep]:
+    count = state.count
+    # One that JAX has built may hold anything, such as the axes of `jax.vmap`.
+    if isinstance(count, int) and not hasattr(state, "_is_rebuilt"):
+        count = jnp.asarray(count, jnp.int32)
+    return tuple(zip(_NAMES, (state.leaves, state.frozen, count), strict=True)), state.flat_step
+
+
+def _unflatten(flat_step: FlatStep, children: Any) -> TrainState:
     leaves, frozen, count = children
-    return TrainState(Run(run.flat_step, frozen, run.lineage), leaves, count)
+    state = TrainState.begin(flat_step, frozen, leaves, count)
+    state._is_rebuilt = True  # noqa: SLF001
+    return state
 
 
-jtu.register_pytree_node(TrainState, _flatten, _unflatten)
+jtu.register_pytree_with_keys(TrainState, _flatten, _unflatten)

@@ -2,14 +2,18 @@
 
 import functools as ft
 import operator
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast, Protocol, runtime_checkable
 
 import jax
+import jax.core
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._optimizers.groups import check_tx
+from .._optimizers.fingerprint import Fingerprinted
 from .._optimizers.optimizer import Optimizer
+from .._optimizers.partition import check_tx
 from .._optimizers.state_optimizer import StateOptimizer
 from .._select.grad_states import GradStates, parse_grad_states
 from .._select.selectors import select
@@ -17,13 +21,13 @@ from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
-from .flat_step import Metrics, Options
-from .module_step import ModuleStep
-from .state_step import StateStep, UnknownStates
-from .train_state import Lineage, Run, TrainState
+from .flat_step import CONCRETE, FlatStep, list_names, Metrics, Options, PLAIN
+from .over_states import StateFunction, UnknownStates
+from .train_state import TrainState
 
 
-class TrainStep:
+@runtime_checkable
+class TrainStep(Protocol):
     """A compiled training step, as [`vgrad_eqx.train_step`][] returns it.
 
     **Arguments:**
@@ -46,11 +50,31 @@ class TrainStep:
         False
     """
 
-    def __init__(self, options: Options, grad_states: GradStates):
-        self._options = options
-        self._grad_states = grad_states
-        # The compiled steps, by what tells them apart.
-        self._flat_steps = Cache()
+    def __call__(
+        self, state: TrainState, /, *batch: Any, **kwargs: Any
+    ) -> tuple[TrainState, Metrics]:
+        """Takes the steps of one call, and takes over the arrays of `state`.
+
+        **Arguments:**
+
+        - `state`: the state that `init` or the last step returned.
+        - `batch`, `kwargs`: the arguments of `func` after the module. Arrays and numbers are
+            traced; all else is constant, and so are the numbers in modules.
+
+        **Returns:**
+
+        The next state and the [`vgrad_eqx.Metrics`][]. It does not wait for the results.
+
+        **Raises:**
+
+        - `RuntimeError`: for a state that a step has taken over. An error that the program
+            raises while it runs is raised as it is, and JAX has taken over the state by then.
+        - `TypeError`: for something else than a state; and as [`vgrad_eqx.vector_grad`][].
+        - `ValueError`: for a state of another `train_step`; for a batch without the first axes
+            that `steps_per_call` and `accumulate` ask for; and as
+            [`vgrad_eqx.vector_grad`][]. The state can still be used then.
+        """
+        ...
 
     def init(
         self,
@@ -71,7 +95,8 @@ class TrainStep:
         - `nn_state`: the `equinox.nn.State` of the module, which `func` takes after the
             module and returns beside the value.
         - `optimizer`: a [`vgrad_eqx.Optimizer`][] to go on with, such as one of
-            `reselect`, or a [`vgrad_eqx.StateOptimizer`][]. Defaults to a new one.
+            `reselect`, or a [`vgrad_eqx.StateOptimizer`][], of the `tx` of this step. Defaults
+            to a new one.
         - `batch`: an example of the positional arguments, as a tuple. Over states by
             reference, a state is then made that carries all that `func` uses, as it does
             after the first step; [`vgrad_eqx.load`][] needs that. Without effect otherwise.
@@ -85,85 +110,25 @@ class TrainStep:
         - `TypeError`: without a `model`, or with one for states by reference.
         - `ValueError`: as [`vgrad_eqx.Optimizer`][]; if `optimizer` is of another selection.
         """
-        if model is None:
-            raise TypeError(
-                "`train_step(...).init(model)` needs the module, of which `grad_states` "
-                "selects leaves. Got none."
-            )
-        flat = FlatTree(model)
-        selector = ft.reduce(operator.or_, self._grad_states.entries)
-        names = select(flat, selector, "train_step(grad_states=...)").names
-        if optimizer is None:
-            optimizer = Optimizer(self._options.tx, model, selector)
-        elif not isinstance(optimizer, Optimizer) or optimizer.names != names:
-            raise ValueError(
-                "`init(optimizer=...)` must be a `vg.Optimizer` of the leaves that "
-                f"`grad_states` selects, {_list(names)}. Got "
-                f"{_list(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
-                "`optimizer.reselect(model, selector)`."
-            )
-        flat_step = ModuleStep(self, self._options, flat, optimizer, key, nn_state)
-        known = self._flat_steps.get(flat_step.signature)
-        if known is None:
-            self._flat_steps.set(flat_step.signature, flat_step)
-        else:
-            flat_step = known
-        leaves, frozen = flat_step.start(flat, optimizer, key, nn_state)
-        return TrainState(Run(flat_step, frozen), leaves, int(optimizer.count))
+        ...
 
-    def __call__(self, state: TrainState, /, *batch: Any) -> tuple[TrainState, Metrics]:
-        """Takes the steps of one call, and takes over the arrays of `state`.
-
-        **Arguments:**
-
-        - `state`: the state that `init` or the last step returned.
-        - `batch`: the positional arguments of `func` after the module, pytrees of arrays and
-            numbers.
-
-        **Returns:**
-
-        The next state and the [`vgrad_eqx.Metrics`][]. It does not wait for the results.
-
-        **Raises:**
-
-        - `RuntimeError`: for a state that a step has taken over.
-        - `TypeError`: for something else than a state; and as [`vgrad_eqx.vector_grad`][].
-        - `ValueError`: for a state of another `train_step`; for a batch without the first axes
-            that `steps_per_call` and `accumulate` ask for; and as
-            [`vgrad_eqx.vector_grad`][]. The state can still be used then.
-        """
-        try:
-            run = state.run
-            if run.owner is not self:
-                raise ValueError
-            leaves, value, aux, norms = run.compiled(state.leaves, run.frozen, batch)
-        except Exception:
-            self._check(state)
-            raise
-        return TrainState(run, leaves, state.count + run.steps), Metrics(value, aux, norms)
-
-    def lower(self, state: TrainState, /, *batch: Any) -> Any:
+    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
         """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
-        self._check(state)
-        return state.run.compiled.lower(state.leaves, state.run.frozen, batch)
-
-    def _check(self, state: Any) -> None:
-        """Refuses what a step cannot take."""
-        if not isinstance(state, TrainState):
-            raise TypeError(
-                "A training step takes the `TrainState` of `init`, and then the batch: "
-                f"`state, metrics = step(state, *batch)`. Got {show(state)}."
-            )
-        if state.run.owner is not self:
-            raise ValueError(
-                "A training step takes a state of its own. Got one of another `train_step`. "
-                "Make one by `step.init(state.model, optimizer=state.optimizer)`."
-            )
-        state.check()
+        ...
 
 
-class StateTrainStep(TrainStep):
-    """A training step over states by reference."""
+class _Trainer:
+    """What a training step knows of its options, and the programs it has compiled."""
+
+    def __init__(self, options: Options, grad_states: GradStates):
+        self._options = options
+        self._grad_states = grad_states
+        self._tx = Fingerprinted(options.tx)
+        # The compiled steps, by what tells them apart.
+        self._flat_steps = Cache()
+
+    def __reduce__(self) -> Any:
+        return _Trainer, (self._options, self._grad_states)
 
     def init(
         self,
@@ -174,6 +139,58 @@ class StateTrainStep(TrainStep):
         optimizer: Any = None,
         batch: Any = None,
     ) -> TrainState:
+        _check_parts(key, nn_state, batch)
+        states = None
+        if self._grad_states.by_reference:
+            optimizer, states = self._init_over_states(model, nn_state, optimizer)
+            model, nn_state = states.optimizer.params(), []
+        flat = FlatTree(model)
+        if states is None:
+            optimizer = self._init_optimizer(model, flat, optimizer)
+        flat_step = FlatStep(self, self._options, flat, optimizer, key, nn_state, states)
+        if states is None:
+            known = self._flat_steps.get(flat_step.signature)
+            if known is None:
+                self._flat_steps.set(flat_step.signature, flat_step)
+            else:
+                flat_step = known
+        leaves, frozen = flat_step.start(flat, optimizer, key, nn_state)
+        count = optimizer.count
+        if not isinstance(count, jax.core.Tracer) and not jnp.ndim(count):
+            count = int(count)
+        state = TrainState.begin(flat_step, frozen, leaves, count)
+        if states is None or batch is None:
+            return state
+        try:
+            program, inputs = flat_step.find_program((tuple(batch), {}))
+            jax.eval_shape(program, leaves, frozen, inputs)
+        except UnknownStates as unknown:
+            return _extend(state, unknown)
+        return state
+
+    def _init_optimizer(self, model: Any, flat: FlatTree, optimizer: Any) -> Optimizer:
+        if model is None:
+            raise TypeError(
+                "`train_step(...).init(model)` needs the module, of which `grad_states` "
+                "selects leaves. Got none."
+            )
+        selector = ft.reduce(operator.or_, self._grad_states.entries)
+        names = select(flat, selector, "train_step(grad_states=...)").names
+        if optimizer is None:
+            return Optimizer(self._options.tx, model, selector)
+        if not isinstance(optimizer, Optimizer) or optimizer.names != names:
+            raise ValueError(
+                "`init(optimizer=...)` must be a `vg.Optimizer` of the leaves that "
+                f"`grad_states` selects, {list_names(names)}. Got "
+                f"{list_names(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
+                "`optimizer.reselect(model, selector)`."
+            )
+        self._check_tx(optimizer)
+        return optimizer
+
+    def _init_over_states(
+        self, model: Any, nn_state: Any, optimizer: Any
+    ) -> tuple[Optimizer, StateFunction]:
         if model is not None or nn_state is not None:
             raise TypeError(
                 "`train_step(grad_states=...)` names states by reference, so `init` takes "
@@ -189,39 +206,117 @@ class StateTrainStep(TrainStep):
                 f"`grad_states` names, {show(states)}. Got "
                 f"{show(getattr(optimizer, 'states', optimizer))}."
             )
-        flat_step = StateStep(self, self._options, optimizer, key)
-        lineage = Lineage()
-        state = TrainState(Run(flat_step, (), lineage), flat_step.start(), int(optimizer.count))
-        lineage.latest = state
-        if batch is None:
-            return state
-        try:
-            jax.eval_shape(flat_step.run, state.leaves, (), tuple(batch))
-        except UnknownStates as unknown:
-            return _extend(state, unknown)
-        return state
+        self._check_tx(optimizer.memory.value)
+        return optimizer.memory.value, StateFunction(self._options, optimizer)
 
-    def __call__(self, state: TrainState, /, *batch: Any) -> tuple[TrainState, Metrics]:
-        # All of it again, because a call of the method above would take time at each step.
+    def _check_tx(self, optimizer: Optimizer) -> None:
+        if optimizer.tx != self._tx:
+            raise ValueError(
+                "`init(optimizer=...)` must be of the transformation of `train_step(tx=...)`, "
+                "which takes the steps. Got one of another. Use `optimizer.reselect(model, "
+                "selector, tx=tx)`, or pass its own to `train_step`."
+            )
+
+    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+        self.check(state)
+        compiled, inputs = state.flat_step.find_program((batch, kwargs))
         try:
-            run = state.run
-            if run.owner is not self:
-                raise ValueError
-            leaves, value, aux, norms = run.compiled(state.leaves, run.frozen, batch)
+            return compiled.lower(state.leaves, state.frozen, inputs)
         except UnknownStates as unknown:
-            return self(_extend(state, unknown), *batch)
-        except Exception:
-            self._check(state)
+            return self.lower(_extend(state, unknown), *batch, **kwargs)
+
+    def check(self, state: Any) -> None:
+        """Refuses what a step cannot take."""
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                "A training step takes the `TrainState` of `init`, and then the batch: "
+                f"`state, metrics = step(state, *batch)`. Got {eqx.tree_pformat(state)}."
+            )
+        if state.flat_step.owner is not self:
+            raise ValueError(
+                "A training step takes a state of its own. Got one of another `train_step`. "
+                "Make one by `step.init(state.model, optimizer=state.optimizer)`."
+            )
+        state.check()
+
+
+def _make_step(trainer: _Trainer) -> TrainStep:
+    # A function, because Python handles Ctrl-C when an object has been called, and nothing has
+    # stored its result yet; but not when a function has been.
+    def step(state: TrainState, /, *batch: Any, **kwargs: Any) -> tuple[TrainState, Metrics]:
+        if type(state) is not TrainState or state.flat_step.owner is not trainer:
+            trainer.check(state)
+        flat_step, leaves = state.flat_step, None
+        first = state.leaves[0]
+        if type(first) in CONCRETE and first.is_deleted():
+            trainer.check(state)
+        compiled, inputs = flat_step.compiled, (batch, kwargs)
+        if kwargs or not PLAIN.issuperset(map(type, batch)):
+            compiled, inputs = flat_step.find_program(inputs)
+        try:
+            # Unpacked by C code, so that no interrupt comes before the results are stored.
+            ((leaves, value, aux, norms),) = map(
+                compiled, (state.leaves,), (state.frozen,), (inputs,)
+            )
+            count, history = state.count + flat_step.steps_per_call, state.history
+            following = TrainState(flat_step, state.frozen, leaves, count, history)
+            if history is not None:
+                history.note(following)
+            return following, Metrics(value, aux, norms)
+        except UnknownStates as unknown:
+            extended = _extend(state, unknown)
+        except BaseException as error:
+            _recover(state, leaves, error)
             raise
-        following = TrainState(run, leaves, state.count + run.steps)
-        run.lineage.latest = following
-        return following, Metrics(value, aux, norms)
+        return step(extended, *batch, **kwargs)
 
-    def lower(self, state: TrainState, /, *batch: Any) -> Any:
-        try:
-            return super().lower(state, *batch)
-        except UnknownStates as unknown:
-            return self.lower(_extend(state, unknown), *batch)
+    vars(step).update(init=trainer.init, lower=trainer.lower)
+    return cast(TrainStep, step)
+
+
+def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
+    """Leaves a state to go on with, if there is one, and says what `eqx.error_if` says."""
+    checked = _CHECKED.search(str(error))
+    clear = error if checked is None else eqx.EquinoxRuntimeError(checked[1])
+    if state.is_donated and leaves is not None:
+        state.take_over(leaves)
+    elif state.is_donated:
+        clear.add_note(
+            "The step had taken over the arrays of its `TrainState`, so this state is gone. To "
+            "go on after such an error, use `vg.train_step(..., keep_every=n)`, which copies "
+            "each n-th state to `state.kept`, or `donate=False`, which keeps every state and "
+            "takes twice the memory. `vg.save` writes one to a file."
+        )
+    if clear is not error:
+        raise clear from None
+
+
+# The words of a check, among those of JAX and Equinox about the callback that it is.
+_CHECKED = re.compile(r"_EquinoxRuntimeError: (.*?)\n\n\n---", re.DOTALL)
+
+
+def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
+    """Refuses what is not meant for `init`."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
+    is_key = is_typed or (dtype == jnp.uint32 and ndim == 1)
+    if key is not None and not is_key:
+        raise TypeError(
+            "`init(key=...)` must be a PRNG key, as `jax.random.key(seed)` makes one. Got "
+            f"{eqx.tree_pformat(key)}."
+        )
+    if nn_state is not None and not isinstance(nn_state, eqx.nn.State):
+        raise TypeError(
+            "`init(nn_state=...)` must be the `equinox.nn.State` of the module, as "
+            "`eqx.nn.make_with_state` makes it. Got "
+            f"{eqx.tree_pformat(nn_state)}. Other values that change are auxiliary data, or in "
+            "a `vg.State`."
+        )
+    if batch is not None and not isinstance(batch, tuple | list):
+        raise TypeError(
+            "`init(batch=...)` must be a tuple of the positional arguments of `func`, such as "
+            f"`(x, y)`. Got {eqx.tree_pformat(batch)}."
+        )
 
 
 def train_step(
@@ -235,6 +330,8 @@ def train_step(
     accumulate: int = 1,
     packed: bool = False,
     grad_norms: bool = False,
+    donate: bool = True,
+    keep_every: int = 0,
 ) -> TrainStep:
     """Creates a compiled training step: the gradient of `func`, and a step of `tx`.
 
@@ -244,11 +341,11 @@ def train_step(
 
     **Arguments:**
 
-    - `func`: the loss, `func(model, *batch)`. Its output may be what
-        [`vgrad_eqx.vector_grad`][] takes, a scalar or a vector of losses: the step goes
-        along the gradient of the sum of all outputs.
+    - `func`: the loss, `func(model, *batch, **kwargs)`. It returns one array or Quantity, a
+        scalar or a vector of losses: the step goes along the gradient of their sum.
     - `tx`: an optax transformation, or a dict from selector to transformation, as in
-        [`vgrad_eqx.Optimizer`][]. Line searches get their extra arguments.
+        [`vgrad_eqx.Optimizer`][]. Line searches get their extra arguments. With
+        `optax.apply_if_finite`, a step that is rejected leaves `nn_state` as it was.
     - `grad_states`: what is trained: a selector of leaves of the module, or states by
         reference, as in [`vgrad_eqx.vector_grad`][]. Defaults to all inexact arrays of the
         module. Over states, `func(*batch)` closes over them.
@@ -263,6 +360,10 @@ def train_step(
         dtype, and so with each moment of the optimizer. For models of many small arrays,
         this is several times faster, but compiling takes longer. Larger arrays stay alone.
     - `grad_norms`: whether the metrics hold the norm of each gradient.
+    - `donate`: whether a step takes over the arrays of its state. If `False`, every state
+        lives on, also when a step fails, and a step takes twice the memory.
+    - `keep_every`: if not zero, every `keep_every`-th state is copied to `state.kept`, to go on
+        with after a step that fails. That takes the memory of one more state, and waits for it.
 
     **Returns:**
 
@@ -277,9 +378,9 @@ def train_step(
     **Raises:**
 
     - `TypeError`: at once, if `func` is not callable or `tx` is no optax transformation; if
-        `steps_per_call` or `accumulate` is no int.
-    - `ValueError`: at once, if one of those is below 1. For the errors of `init` and of the
-        step, see there.
+        `steps_per_call`, `accumulate` or `keep_every` is no int.
+    - `ValueError`: at once, if one of those is below 1, or `keep_every` below 0. For the
+        errors of `init` and of the step, see there.
 
     **Example:**
 
@@ -301,14 +402,16 @@ def train_step(
     if not callable(func):
         raise TypeError(f"`train_step(func=...)` must be a callable. Got {show(func)}.")
     check_tx(tx, "train_step(tx=...)")
-    for name, number in {"steps_per_call": steps_per_call, "accumulate": accumulate}.items():
+    numbers = {"steps_per_call": steps_per_call, "accumulate": accumulate}
+    for name, number in {**numbers, "keep_every": keep_every}.items():
+        least = 1 if name in numbers else 0
         if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"`train_step({name}=...)` must be an int. Got {show(number)}.")
-        if number < 1:
-            raise ValueError(f"`train_step({name}=...)` must be at least 1. Got {number}.")
-    flags = {"has_aux": has_aux, "check_states": check_states, "packed": packed}
-    for name, flag in (flags | {"grad_norms": grad_norms}).items():
-        check_flag(flag, f"train_step({name}=...)")
+from .._tree.text import check_flag, show
+            raise TypeError(f"`train_step({name}=...)` must be an int. Got {number!r}.")
+        if number < least:
+            raise ValueError(
+                f"`train_step({name}=...)` must be at least {least}. Got {number}."
+            )
     parsed = parse_grad_states(grad_states, "train_step(grad_states=...)")
     if parsed is None:
         raise TypeError(
@@ -316,18 +419,24 @@ def train_step(
             "None. To train all inexact arrays, leave it out."
         )
     options = Options(
-        func, tx, has_aux, check_states, steps_per_call, accumulate, packed, grad_norms
+        func,
+        tx,
+        has_aux,
+        check_states,
+        steps_per_call,
+        accumulate,
+        packed,
+        grad_norms,
+        donate,
+        keep_every,
     )
-    return (StateTrainStep if parsed.by_reference else TrainStep)(options, parsed)
+    return _make_step(_Trainer(options, parsed))
 
 
 def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
     """The same state, which carries the values of more states by reference."""
-    run = state.run
-    flat_step, leaves = run.flat_step.extend(state.leaves, unknown.refs)
-    extended = TrainState(Run(flat_step, run.frozen, run.lineage), leaves, state.count)
-    run.lineage.latest = extended
-    return extended
+    flat_step, leaves = state.flat_step.extend(state.leaves, unknown)
+    return TrainState(flat_step, state.frozen, leaves, state.count, state.history)
 
 
 def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
@@ -336,7 +445,3 @@ def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
     ]
     (ours, structure), (theirs, other) = entries
     return structure == other and all(map(operator.is_, ours, theirs))
-
-
-def _list(names: Any) -> str:
-    return ", ".join(f"`{name}`" for name in names)

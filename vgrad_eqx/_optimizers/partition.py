@@ -1,0 +1,303 @@
+"""An optax transformation for each group of the parameters in a flat dict."""
+
+import functools as ft
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+
+from .._select.selectors import as_selector, select, Selection
+from .._tree.flat import FlatTree
+
+
+# For each group its label, and the paths of its parameters.
+Groups = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@jtu.register_pytree_with_keys_class
+class GroupStates(dict[str, Any]):
+    """The optax state of each group, by its label. What belongs to which is static."""
+
+    def __init__(self, groups: Groups, states: Sequence[Any]):
+        super().__init__(zip([label for label, _ in groups], states, strict=True))
+        self.groups = groups
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Groups]:
+        return [(jtu.DictKey(label), self[label]) for label, _ in self.groups], self.groups
+
+    @classmethod
+    def tree_unflatten(cls, groups: Groups, states: Sequence[Any]) -> "GroupStates":
+        return cls(groups, states)
+
+
+def partition(groups: Mapping[Any, Any]) -> optax.GradientTransformationExtraArgs:
+    """Updates each group of the parameters in a flat dict by a transformation of its own.
+
+    It is an optax transformation as any other, so what is before it in an `optax.chain` sees
+    the gradients of all groups. [`vgrad_eqx.Optimizer`][] takes a dict as short for it.
+
+    **Arguments:**
+
+    - `groups`: a dict from selector to transformation. The selectors are asked about the flat
+        dict `{path: leaf}` of the parameters, as [`vgrad_eqx.states`][] gives it. Each
+        parameter must be in one group.
+
+    **Returns:**
+
+    An `optax.GradientTransformationExtraArgs`. Its state is a dict from the text of the
+    selector to the state of the group.
+
+    **Raises:**
+
+    - `TypeError`: at once, if a group has no optax transformation; on `init`, if the
+        parameters are no dict.
+    - `ValueError`: at once, without a group; on `init`, if a parameter is in no group or in
+        two, or a group has none.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp, optax
+        >>> import vgrad_eqx as vg
+        >>> groups = {"*.weight": optax.sgd(1.0), "*.bias": optax.sgd(0.1)}
+        >>> tx = optax.chain(optax.clip_by_global_norm(1.0), vg.partition(groups))
+        >>> params = {"a.weight": jnp.array(0.0), "a.bias": jnp.array(0.0)}
+        >>> grads = {"a.weight": jnp.array(3.0), "a.bias": jnp.array(4.0)}
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
+        >>> [round(float(updates[name]), 2) for name in params]
+        [-0.6, -0.08]
+    """
+    caller = "partition(groups=...)"
+    if not isinstance(groups, dict):
+        raise TypeError(
+            f"`{caller}` must be a dict from selector to transformation. Got {groups!r}."
+        )
+    check_tx(groups, caller)
+
+    def find_groups(params: Any) -> Groups:
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                "`partition(...).init(params)` must be a flat dict from path to leaf, as "
+                f"`vg.states(model)` gives it. Got a `{type(params).__name__}`."
+            )
+        flat = FlatTree(params)
+        chosen = Selection(tuple(range(len(flat.names))), tuple(flat.names))
+        return assign(groups, flat, chosen, caller)
+
+    return make_partition(groups, find_groups)
+
+
+def make_partition(
+    txs: Mapping[Any, Any], find_groups: Callable[[Any], Groups]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation for each of the groups, in the order of `txs`."""
+    inner: list[Any] = list(map(take_extra_args, txs.values()))
+
+    def init(params: Any) -> GroupStates:
+        groups = find_groups(params)
+        pairs = zip(inner, groups, strict=True)
+        states = [tx.init(_pick(names, params)) for tx, (_, names) in pairs]
+        return GroupStates(groups, states)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, GroupStates]:
+        new_updates, states = {}, []
+        for tx, (label, names) in zip(inner, state.groups, strict=True):
+            group_params = None if params is None else _pick(names, params)
+            extra = _narrow(extra_args, names, params)
+            new, inner_state = tx.update(
+                _pick(names, updates), state[label], group_params, **extra
+            )
+            new_updates.update(new)
+            states.append(inner_state)
+        return {name: new_updates[name] for name in updates}, GroupStates(state.groups, states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation that takes any extra arguments, and ignores those it has no use for."""
+    tx = optax.with_extra_args_support(tx)
+    parameters = inspect.signature(tx.update).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return tx
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        known = {name: value for name, value in extra_args.items() if name in parameters}
+        return tx.update(updates, state, params, **known)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: by_path[name] for name in names}
+
+
+def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: Any) -> dict[str, Any]:
+    """The extra arguments of `update`, for the parameters of one group."""
+    narrowed = precompose(extra_args, lambda part: {**params, **part})
+    if extra_args.get("grad") is not None:
+        narrowed["grad"] = _pick(names, extra_args["grad"])
+    return narrowed
+
+
+def precompose(extra_args: dict[str, Any], prepare: Callable[[Any], Any]) -> dict[str, Any]:
+    """The extra arguments, with functions of what is to be prepared first.
+
+    They are those that optax calls `value_fn`, `obj_fn` and the like.
+    """
+    return {
+        name: _precompose(value, prepare) if name.endswith("_fn") and callable(value) else value
+        for name, value in extra_args.items()
+    }
+
+
+def _precompose(func: Callable[..., Any], prepare: Callable[[Any], Any]) -> Any:
+    @ft.wraps(func)  # optax reads the names of its arguments
+    def prepared(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return func(prepare(params), *args, **kwargs)
+
+    return prepared
+
+
+def assign(txs: Mapping[Any, Any], flat: FlatTree, chosen: Selection, caller: str) -> Groups:
+    """Puts each chosen leaf into one group."""
+    groups, homes = [], {}
+    for label, selector in zip(_make_labels(list(txs)), txs, strict=True):
+        selected = set(select(flat, as_selector(selector), caller).indices)
+        names = tuple([n for i, n in zip(*chosen, strict=True) if i in selected])
+        if not names:
+            raise ValueError(
+                f"`{caller}` must give a leaf to each group. Got none for {label!r}, because "
+                "`selector` chooses no leaf of it. Leave the group out, or choose more."
+            )
+        for name in names:
+            if name in homes:
+                raise ValueError(
+                    f"`{caller}` must put each chosen leaf into one group. Got `{name}` in "
+                    f"two: {homes[name]!r} and {label!r}. Narrow one of them, say by "
+                    "`a & ~b`."
+                )
+            homes[name] = label
+        groups.append((label, names))
+    homeless = [f"`{name}`" for name in chosen.names if name not in homes]
+    if homeless:
+        raise ValueError(
+            f"`{caller}` must put each chosen leaf into one group. Got {', '.join(homeless)} "
+            "in none. Add a group, or freeze what is in none by a narrower `selector`."
+        )
+    return tuple(groups)
+
+
+def _make_labels(selectors: list[Any]) -> list[str]:
+    labels = [key if isinstance(key, str) else repr(as_selector(key)) for key in selectors]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({i})"
+        for i, label in enumerate(labels)
+    ]
+
+
+def check_tx(tx: Any, caller: str) -> None:
+    """Refuses what is no optax transformation, and no dict of them."""
+    if isinstance(tx, dict) and not tx:
+        raise ValueError(f"`{caller}` must have at least one group. Got {{}}.")
+    for each in tx.values() if isinstance(tx, dict) else [tx]:
+        methods = getattr(each, "init", None), getattr(each, "update", None)
+        if not all(map(callable, methods)):
+            raise TypeError(
+                f"`{caller}` must be an optax transformation, such as `optax.adam(1e-3)`, or a "
+                f"dict from selector to transformation. Got {each!r}."
+            )
+
+
+class Entry(NamedTuple):
+    """A leaf of an optax state: where it is, for which parameters, and of which one."""
+
+    path: jtu.KeyPath  # without the labels of groups
+    group: tuple[str, ...]
+    name: str | None
+    leaf: Any
+
+
+def locate(opt_state: Any, names: tuple[str, ...]) -> Iterator[Entry]:
+    """The leaves of an optax state, in the order of JAX.
+
+    What optax keeps for each parameter it keeps in a dict like that of the parameters.
+    """
+    keys = set(names)
+
+    def is_known(node: Any) -> bool:
+        return isinstance(node, GroupStates) or (isinstance(node, dict) and node.keys() == keys)
+
+    for path, node in jtu.tree_flatten_with_path(opt_state, is_leaf=is_known)[0]:
+        if isinstance(node, GroupStates):
+            for label, group in node.groups:
+                for entry in locate(node[label], group):
+                    yield entry._replace(path=path + entry.path)
+        elif is_known(node):
+            for inner_path, leaf in jtu.tree_leaves_with_path(node):
+                yield Entry(path + inner_path[1:], names, inner_path[0].key, leaf)
+        else:
+            yield Entry(path, names, None, node)
+
+
+def carry_over(
+    fresh: Sequence[Entry], old: Sequence[Entry], old_names: Collection[str]
+) -> list[Any]:
+    """The leaves of a fresh state, with what an old one knows of the parameters that stay."""
+    by_name: dict[Any, Entry] = {
+        (entry.path, entry.name): entry for entry in old if entry.name is not None
+    }
+    # What belongs to no parameter, such as a count, is that of all in its group.
+    shared = {
+        (entry.path, name): entry for entry in old if entry.name is None for name in entry.group
+    }
+    leaves = []
+    for path, group, name, leaf in fresh:
+        found = by_name.get((path, name))
+        if name is None:  # it comes from where most of the group was
+            votes = [shared.get((path, each)) for each in group if each in old_names]
+            ids = list(map(id, votes))
+            found = max(votes, key=lambda entry: ids.count(id(entry)), default=None)
+        if found is not None and _is_alike(found.leaf, leaf):
+            leaf = found.leaf
+        elif found is not None and name is None:
+            raise ValueError(
+                "`Optimizer.reselect` keeps what the optimizer knows of each leaf. Got one "
+                f"that mixes the leaves, in a {eqx.tree_pformat(found.leaf)} that would be a "
+                f"{eqx.tree_pformat(leaf)}, as `optax.flatten` does. Make another optimizer, "
+                "which starts anew."
+            )
+        leaves.append(leaf)
+    return leaves
+
+
+def _is_alike(old: Any, new: Any) -> bool:
+    return jnp.shape(old) == jnp.shape(new) and jnp.result_type(old) == jnp.result_type(new)
+
+
+def keep_dtypes(old: Any, new: Any) -> Any:
+    """The next state of a transformation, in the dtypes that the old one has.
+
+    Some of optax change them, or start with weak types and go on with others, so that a
+    compiled step would be traced again.
+    """
+    if jtu.tree_structure(old) != jtu.tree_structure(new):
+        return new
+    return jtu.tree_map(lambda x, like: _cast(x, jnp.result_type(like)), new, old)
+
+
+def strengthen(opt_state: Any) -> Any:
+    """A first state, as arrays of dtypes that promotion keeps."""
+    is_array = eqx.is_array_like
+    return jtu.tree_map(lambda x: _cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    is_kept = eqx.is_array(leaf) and leaf.dtype == dtype and not jax.typeof(leaf).weak_type
+    return leaf if is_kept else jnp.asarray(leaf, dtype)

@@ -1,0 +1,47 @@
+"""The function of a training step, with clear errors for what it must take and return."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+
+from .._tree.units import split_unit
+
+
+def make_loss(func: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """`func`, whose value must be one array or Quantity."""
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        try:
+            out = func(*args, **kwargs)
+        except TypeError as error:
+            if not _takes(func, args, kwargs):
+                error.add_note(
+                    "A training step calls `func(model, *batch)`. It passes `key=...` too with "
+                    "`step.init(model, key=key)`, and the `equinox.nn.State` after the model "
+                    "with `step.init(model, nn_state=nn_state)`. The batch is that of "
+                    "`step(state, *batch, **kwargs)`."
+                )
+            raise
+        is_pair = has_aux and isinstance(out, tuple | list) and len(out) == 2
+        value = out[0] if is_pair else out
+        if not eqx.is_array_like(split_unit(value)[0]):
+            raise TypeError(
+                "`train_step(func=...)` must return one array or Quantity, the loss or a "
+                f"vector of losses. Got {eqx.tree_pformat(value)}. To return more than that, "
+                "return `(value, aux)` and pass `has_aux=True`; for an `equinox.nn.State`, use "
+                "`step.init(model, nn_state=nn_state)`."
+            )
+        return out
+
+    return loss
+
+
+def _takes(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments."""
+    try:
+        inspect.signature(func).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return False
+    return True
