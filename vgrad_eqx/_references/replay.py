@@ -1,9 +1,6 @@
-"""A jaxpr evaluated again, with the values of references instead of the references.
+"""An operation on references, such as a loop that sets one, evaluated over their values."""
 
-It is meant to be differentiated, so operations that are alike are differentiated only once.
-"""
-
-import functools as ft
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +13,10 @@ import jax.tree_util as jtu
 # cannot differentiate all that it does with a reference of its own, so drop this with 0.10.
 from jax._src.state.discharge import discharge_state  # noqa: TID251
 from jax.extend.core import DebugInfo, DropVar, Jaxpr, jaxprs_in_params, Literal
-from jax.extend.core.primitives import get_p, jit_p, swap_p
+from jax.extend.core.primitives import get_p, jit_p, scan_p, swap_p
 
 from .._tree.cache import Cache
+from .._tree.state import describe
 from .control_flow import find_rule, NestedEquation, Pure, Slots
 
 
@@ -26,10 +24,47 @@ _NO_INDEX = jtu.tree_structure(())
 
 
 class Cell:
-    """The value of a reference, while a function is replayed without it."""
+    """The value of a reference, while an operation is replayed without it."""
 
-    def __init__(self, value: Any):
+    def __init__(self, ref: Any, value: Any):
+        self.ref = ref
         self.value = value
+
+
+def evaluate(
+    primitive: Any, params: Any, inputs: Sequence[Any], find_value: Callable[[jax.Ref], Any]
+) -> tuple[Any, list[tuple[jax.Ref, Any]]]:
+    """The result of an operation on references, and the values of those that it sets."""
+    others = [None if is_concrete_ref(value) else value for value in inputs]
+
+    def bind(*others: Any) -> Any:
+        pairs = zip(inputs, others, strict=True)
+        return primitive.bind(*[x if is_concrete_ref(x) else y for x, y in pairs], **params)
+
+    closed = jax.make_jaxpr(bind)(*others)
+    jaxpr = closed.jaxpr
+    # JAX makes inputs of what the jaxprs of an operation hold, when it stages the operation.
+    refs = list(filter(is_concrete_ref, closed.consts))
+    assert not any(find_refs((), eqn.params) for eqn in jaxpr.eqns)
+    cells = {id(ref): Cell(ref, find_value(ref)) for ref in refs}
+    consts = [cells.get(id(const), const) for const in closed.consts]
+    outputs = replay(jaxpr, consts, [value for value in others if value is not None])
+    written = itertools.compress(closed.consts, find_written(jaxpr, jaxpr.constvars))
+    results = outputs if primitive.multiple_results else outputs[0]
+    return results, [(ref, cells[id(ref)].value) for ref in written]
+
+
+def find_refs(inputs: Sequence[Any], params: Any) -> list[jax.Ref]:
+    """The references among the inputs of an operation, and in its jaxprs."""
+    found = list(filter(is_concrete_ref, inputs))
+    for param in params.values():
+        for jaxpr in param if isinstance(param, tuple | list) else [param]:
+            found += filter(is_concrete_ref, getattr(jaxpr, "consts", ()))
+    return found
+
+
+def is_concrete_ref(value: Any) -> bool:
+    return isinstance(value, jax.Ref) and not isinstance(value, jax.core.Tracer)
 
 
 def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -79,7 +114,8 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     inputs = [_read(atom, env) for atom in eqn.invars]
     cells = list({id(value): value for value in inputs if isinstance(value, Cell)}.values())
     if not cells:
-        return _make_function(eqn)(*[env[var] for var in _find_distinct(eqn.invars)])
+        inputs = [env[var] for var in _find_distinct(eqn.invars)]
+        return jax.core.eval_jaxpr(_isolate(eqn), (), *inputs)
     if eqn.primitive in (get_p, swap_p) and eqn.params["tree"] == _NO_INDEX:
         old = cells[0].value
         if eqn.primitive is swap_p:
@@ -92,43 +128,30 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     ]
     written = tuple(dict.fromkeys(written))
     others = [None if isinstance(value, Cell) else value for value in inputs]
-    function = _make_pure_function(eqn, slots, written)
+    function = _make_pure_function(eqn, slots, written, [cell.ref for cell in cells])
     outputs, finals = function([cell.value for cell in cells], others)
     for slot, final in zip(written, finals, strict=True):
         cells[slot].value = final
     return outputs
 
 
-def _make_function(eqn: Any) -> Callable[..., Any]:
-    """An equation that has nothing to do with references, of its distinct variables."""
-    if eqn.effects or any(True for _ in jaxprs_in_params(eqn.params)):
-        return ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ())
-    distinct = {var: i for i, var in enumerate(_find_distinct(eqn.invars))}
-    inputs = [
-        repr(atom.val) if isinstance(atom, Literal) else distinct[atom] for atom in eqn.invars
-    ]
-    avals = [atom.aval for atom in eqn.invars]
-
-    def make() -> Callable[..., Any]:
-        jaxpr = _isolate(eqn)
-
-        def replay(*args: Any) -> Sequence[Any]:  # profilers show the name
-            return jax.core.eval_jaxpr(jaxpr, (), *args)
-
-        return jax.jit(replay, inline=True)
-
-    return _remember(eqn, (*inputs, *avals), make)
-
-
-def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
+def _make_pure_function(
+    eqn: Any, slots: Slots, written: Sequence[int], refs: Sequence[Any]
+) -> Pure:
     """An equation on references, of their values. It leaves out what is thrown away."""
     rule = find_rule(eqn, slots)
     if rule is not None:
         inner = NestedEquation(eqn.params, slots, written, _purify)
         more = (slots, written)
-        return _remember(eqn, more, lambda: _jit_rule(eqn, rule, inner), _functions_of_loops)
-    if any(True for _ in jaxprs_in_params(eqn.params)):
+        return _remember(eqn, more, lambda: _jit_rule(eqn, rule, inner))
+    if eqn.primitive is scan_p:
         return _use_references(eqn, slots, written)
+    if any(True for _ in jaxprs_in_params(eqn.params)):
+        raise ValueError(
+            f"{describe(refs[0])} is read or set inside of `{eqn.primitive}`, in a loop or a "
+            "compiled function that sets it. No gradient would follow. Read its `value` before, "
+            "and pass it as an argument; set it outside."
+        )
     return _discharge(eqn, slots, written)
 
 
@@ -184,7 +207,7 @@ def _purify(jaxpr: Any, slots: Slots, written: Sequence[int]) -> Pure:
     inner, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
     def run(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        cells = [Cell(state) for state in states]
+        cells = [Cell(None, state) for state in states]
         outputs = replay(inner, consts, _fill(slots, cells, inputs))
         return outputs, [cells[slot].value for slot in written]
 
@@ -196,16 +219,11 @@ def _fill(slots: Slots, states: Sequence[Any], inputs: Sequence[Any]) -> list[An
     return [value if slot is None else states[slot] for slot, value in pairs]
 
 
-# Each occurrence of an operation is traced on its own. Inside of a jitted function, JAX
-# remembers how to differentiate it, which takes most of the time, and what it compiled.
-_functions_of_equations = Cache(4096)
-# Those that have jaxprs in them keep a program each, and are seldom the same ones again.
-_functions_of_loops = Cache(64)
+# A loop keeps its program, so there are only a few.
+_functions = Cache(64)
 
 
-def _remember(
-    eqn: Any, more: Any, make: Callable[[], Any], cache: Cache = _functions_of_equations
-) -> Any:
+def _remember(eqn: Any, more: Any, make: Callable[[], Any]) -> Any:
     """Makes a function once for equal equations, unless it would keep arrays alive."""
     params = jtu.tree_leaves(list(eqn.params.values()))
     if any(getattr(param, "consts", ()) for param in params):  # of closed jaxprs
@@ -213,10 +231,10 @@ def _remember(
     dropped = tuple([isinstance(var, DropVar) for var in eqn.outvars])
     context = (eqn.ctx, eqn.source_info.name_stack)
     key = (eqn.primitive, tuple(eqn.params.items()), more, dropped, context)
-    function = cache.get(key)
+    function = _functions.get(key)
     if function is None:
         function = make()
-        cache.set(key, function)
+        _functions.set(key, function)
     return function
 
 

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._tree.flat import FlatTree
-from .._tree.state import find_states
+from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import names_without_leaves, near_misses, shorten
 from .._tree.units import split_unit
 from .glob import compile_glob
@@ -387,6 +387,7 @@ def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
 
 def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     """Chooses among the differentiable leaves of `flat`, or else its states by reference."""
+    refuse_brainstate(flat.leaves, caller.replace("selector=...", "tree=..."))
     states = find_states(flat.leaves)
     if not states:
         return select(flat, selector, caller)
