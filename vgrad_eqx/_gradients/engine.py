@@ -21,7 +21,7 @@ from .._tree import state
 from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
-from .._tree.text import name_shapes
+from .._tree.text import name_shapes, shorten
 from .._tree.units import attach_unit, divide_units, find_quotient, scale_number
 from .argnums import parse_argnums
 from .check import refuse_unreached
@@ -115,7 +115,18 @@ class GradientTransform(eqx.Module):
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
         refs: dict[int, jax.Ref] = {}
         over_values = ft.partial(_call_over_values, flat_func, refs)
-        numbers, output, rows = self._apply_rule(over_values, flat_func.diff, flat_func)
+        try:
+            numbers, output, rows = self._apply_rule(over_values, flat_func.diff, flat_func)
+        except Exception as error:
+            # JAX has no public type for this error.
+            if type(error).__name__ not in ("CustomJVPException", "CustomVJPException"):
+                raise
+            raise ValueError(
+                f"`{flat_func.name}` cannot differentiate a `custom_jvp` or `custom_vjp` "
+                "function by a state that it reads, because its rule is for its arguments. "
+                f"Read the `value` before, and pass it as an argument. `func` reads "
+                f"{shorten(list(map(state.describe, refs.values())))}."
+            ) from error
         for key, value in output.finals.items():
             state.write(refs[key], value, state.describe(refs[key]))
         return numbers, output, rows
@@ -152,10 +163,9 @@ def _call_over_values(flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: 
     """`func`, with what is differentiated in the place of states."""
     states = flat_func.states if isinstance(flat_func.states, StateValues) else None
     values = {} if states is None else dict(zip(states.refs, diff, strict=False))
-    called = call_with(flat_func, values, *diff)
+    called = call_with(flat_func, values, *diff, refs=refs)
     if flat_func.transform.check_states and states is not None:
-        states.refuse_untouched(called.refs.values(), f"{flat_func.name}(grad_states=...)")
-    refs.update(called.refs)
+        states.refuse_untouched(refs.values(), f"{flat_func.name}(grad_states=...)")
     numbers, output = called.output
     return numbers, dataclasses.replace(output, finals=called.finals)
 

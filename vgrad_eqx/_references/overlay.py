@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.ref
 from jax.extend.core import jaxprs_in_params, set_current_trace, take_current_trace
 
 from .._tree.state import active, describe, find_stand_in, hold, Overlay, read, StandIn
@@ -24,19 +25,26 @@ class Called(NamedTuple):
     finals: Mapping[int, Any]
 
 
-def call_with(func: Callable[..., Any], values: Mapping[int, Any], *args: Any) -> Called:
+def call_with(
+    func: Callable[..., Any],
+    values: Mapping[int, Any],
+    *args: Any,
+    refs: dict[int, jax.Ref] | None = None,
+) -> Called:
     """Calls a function with other values in its references, by their `id`.
 
-    Every other reference has the value that it has now. None is set.
+    Every other reference has the value that it has now. None is set. What the function touches
+    is put into `refs`, also where it raises.
     """
+    refs = {} if refs is None else refs
     shared: dict[int, jax.Ref] = {}
     while True:
-        overlay = _Overlay(values, shared)
+        overlay = _Overlay(values, shared, refs)
         try:
             with overlay.enter():
                 output = func(*args)
                 finals = {key: overlay.find_value(ref) for key, ref in overlay.written.items()}
-            return Called(output, overlay.refs, finals)
+            return Called(output, refs, finals)
         except _SetBelow as request:
             if request.overlay is not overlay:
                 raise
@@ -57,17 +65,23 @@ _shared_refs = jax.make_user_context()
 
 
 class _Overlay(Overlay):
-    def __init__(self, values: Mapping[int, Any], shared: Mapping[int, jax.Ref]):
+    def __init__(
+        self,
+        values: Mapping[int, Any],
+        shared: Mapping[int, jax.Ref],
+        refs: dict[int, jax.Ref],
+    ):
         super().__init__()
         self._values = dict(values)
         self._shared = shared  # states that are references while the function runs
-        self.refs: dict[int, jax.Ref] = {}
+        self._parent: Any = None  # the trace around this one
+        self.refs = refs
         self.written: dict[int, jax.Ref] = {}
 
     @contextlib.contextmanager
     def enter(self) -> Iterator[None]:
-        with take_current_trace() as self._parent:
-            pass
+        with take_current_trace() as parent:
+            self._parent = parent
         self.requires_low = self._parent.requires_low
         active.overlays.append(self)
         try:

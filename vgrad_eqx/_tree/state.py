@@ -105,8 +105,8 @@ class State:
         if arrays is None:
             raise ValueError(
                 f"The value of {self!r} must keep its structure, shapes, dtypes and "
-                f"dimensions, {self._describe()}. Got {eqx.tree_pformat(value)}. Make another state for "
-                "it."
+                f"dimensions, {self._describe()}. Got {eqx.tree_pformat(value)}. Make another "
+                "state for it."
             )
         written = []
         try:
