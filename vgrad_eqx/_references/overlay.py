@@ -14,7 +14,7 @@ import jax.ref
 from jax.extend.core import jaxprs_in_params, set_current_trace, take_current_trace
 
 from .._tree.state import active, describe, find_stand_in, hold, Overlay, read, StandIn
-from .replay import evaluate, find_refs
+from .trace import find_refs, is_concrete_ref, trace_operation
 
 
 class Called(NamedTuple):
@@ -171,10 +171,13 @@ class _Overlay(Overlay):
                 return self._parent.process_primitive(primitive, values, params)
             self.refs.update({id(ref): ref for ref in refs})
             with set_current_trace(self._parent):
-                results, finals = evaluate(primitive, params, values, self.find_value)
+                traced = trace_operation(primitive, params, values)
+                now = {id(ref): self.find_value(ref) for ref in traced.refs}
+                others = [value for value in values if not is_concrete_ref(value)]
+                results, finals = traced.call(others, now)
         finally:
             self.busy = before
-        for ref, value in finals:
+        for ref, value in zip(traced.written, finals, strict=True):
             self._set(ref, value)
         return results
 

@@ -1,6 +1,5 @@
 """An operation on references, such as a loop that sets one, evaluated over their values."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from jax.extend.core import DebugInfo, DropVar, Jaxpr, jaxprs_in_params, Literal
 from jax.extend.core.primitives import get_p, jit_p, scan_p, swap_p
 
 from .._tree.cache import Cache
-from .._tree.state import describe
 from .control_flow import find_rule, NestedEquation, Pure, Slots
 
 
@@ -26,45 +24,12 @@ _NO_INDEX = jtu.tree_structure(())
 class Cell:
     """The value of a reference, while an operation is replayed without it."""
 
-    def __init__(self, ref: Any, value: Any):
-        self.ref = ref
+    def __init__(self, value: Any):
         self.value = value
 
 
-def evaluate(
-    primitive: Any, params: Any, inputs: Sequence[Any], find_value: Callable[[jax.Ref], Any]
-) -> tuple[Any, list[tuple[jax.Ref, Any]]]:
-    """The result of an operation on references, and the values of those that it sets."""
-    others = [None if is_concrete_ref(value) else value for value in inputs]
-
-    def bind(*others: Any) -> Any:
-        pairs = zip(inputs, others, strict=True)
-        return primitive.bind(*[x if is_concrete_ref(x) else y for x, y in pairs], **params)
-
-    closed = jax.make_jaxpr(bind)(*others)
-    jaxpr = closed.jaxpr
-    # JAX makes inputs of what the jaxprs of an operation hold, when it stages the operation.
-    refs = list(filter(is_concrete_ref, closed.consts))
-    assert not any(find_refs((), eqn.params) for eqn in jaxpr.eqns)
-    cells = {id(ref): Cell(ref, find_value(ref)) for ref in refs}
-    consts = [cells.get(id(const), const) for const in closed.consts]
-    outputs = replay(jaxpr, consts, [value for value in others if value is not None])
-    written = itertools.compress(closed.consts, find_written(jaxpr, jaxpr.constvars))
-    results = outputs if primitive.multiple_results else outputs[0]
-    return results, [(ref, cells[id(ref)].value) for ref in written]
-
-
-def find_refs(inputs: Sequence[Any], params: Any) -> list[jax.Ref]:
-    """The references among the inputs of an operation, and in its jaxprs."""
-    found = list(filter(is_concrete_ref, inputs))
-    for param in params.values():
-        for jaxpr in param if isinstance(param, tuple | list) else [param]:
-            found += filter(is_concrete_ref, getattr(jaxpr, "consts", ()))
-    return found
-
-
-def is_concrete_ref(value: Any) -> bool:
-    return isinstance(value, jax.Ref) and not isinstance(value, jax.core.Tracer)
+class NotFollowed(Exception):
+    """An operation that takes references, and for which there is no rule."""
 
 
 def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -128,16 +93,14 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     ]
     written = tuple(dict.fromkeys(written))
     others = [None if isinstance(value, Cell) else value for value in inputs]
-    function = _make_pure_function(eqn, slots, written, [cell.ref for cell in cells])
+    function = _make_pure_function(eqn, slots, written)
     outputs, finals = function([cell.value for cell in cells], others)
     for slot, final in zip(written, finals, strict=True):
         cells[slot].value = final
     return outputs
 
 
-def _make_pure_function(
-    eqn: Any, slots: Slots, written: Sequence[int], refs: Sequence[Any]
-) -> Pure:
+def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
     """An equation on references, of their values. It leaves out what is thrown away."""
     rule = find_rule(eqn, slots)
     if rule is not None:
@@ -147,11 +110,7 @@ def _make_pure_function(
     if eqn.primitive is scan_p:
         return _use_references(eqn, slots, written)
     if any(True for _ in jaxprs_in_params(eqn.params)):
-        raise ValueError(
-            f"{describe(refs[0])} is read or set inside of `{eqn.primitive}`, in a loop or a "
-            "compiled function that sets it. No gradient would follow. Read its `value` before, "
-            "and pass it as an argument; set it outside."
-        )
+        raise NotFollowed(str(eqn.primitive))
     return _discharge(eqn, slots, written)
 
 
@@ -207,7 +166,7 @@ def _purify(jaxpr: Any, slots: Slots, written: Sequence[int]) -> Pure:
     inner, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
     def run(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        cells = [Cell(None, state) for state in states]
+        cells = [Cell(state) for state in states]
         outputs = replay(inner, consts, _fill(slots, cells, inputs))
         return outputs, [cells[slot].value for slot in written]
 

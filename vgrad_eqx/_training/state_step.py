@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._optimizers.state_optimizer import StateOptimizer
-from .._references.overlay import call_with
+from .._references.trace import Trace, trace
+from .._tree.cache import Cache
 from .._tree.state import read, State, write
 from .._tree.units import attach_unit, split_unit
 from .accumulation import accumulate, Result
@@ -37,10 +38,12 @@ class StateStep(FlatStep):
         optimizer: StateOptimizer,
         key: Any,
         others: Sequence[jax.Ref] = (),
+        traces: Cache | None = None,
     ):
         self.state_optimizer = optimizer
         self._key = key
         self._others = list(others)
+        self._traces = Cache() if traces is None else traces
         values, memory = optimizer.find_values(), optimizer.memory
         self._names = values.names
         self._units = values.units
@@ -67,18 +70,29 @@ class StateStep(FlatStep):
             self.state_optimizer,
             self._key,
             [*self._others, *new],
+            self._traces,
         )
         values = [*self.unpack(leaves), *map(read, new)]
         return flat_step, flat_step.enter(values)
 
     def once(self, arrays: list[Any], frozen: Any, batch: Any) -> tuple[list[Any], Metrics]:
+        inputs, structure = jtu.tree_flatten(batch)
+        traced = self._trace(inputs, structure)
         values = {id(ref): array for ref, array in zip(self.refs, arrays, strict=True)}
         values[id(self._count)] = jnp.zeros((), jnp.int32)
-        called = call_with(self._step, values, batch)
-        if any(key not in values for key in called.refs):
-            raise UnknownStates(list(called.refs.values()))
-        values.update(called.finals)
-        return [values[id(ref)] for ref in self.refs], called.output
+        if any(id(ref) not in values for ref in traced.refs):
+            raise UnknownStates(traced.refs)
+        metrics, finals = traced.call(inputs, values)
+        values.update(zip(map(id, traced.written), finals, strict=True))
+        return [values[id(ref)] for ref in self.refs], metrics
+
+    def _trace(self, inputs: Sequence[Any], structure: Any) -> Trace:
+        key = (structure, tuple(map(jax.typeof, inputs)))
+        traced = self._traces.get(key)
+        if traced is None:
+            traced = trace(lambda *leaves: self._step(structure.unflatten(leaves)), inputs)
+            self._traces.set(key, traced)
+        return traced
 
     def _step(self, batch: Sequence[Any]) -> Metrics:
         """Takes one step with states."""

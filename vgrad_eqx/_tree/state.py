@@ -104,9 +104,9 @@ class State:
         arrays = self._find_arrays(value)
         if arrays is None:
             raise ValueError(
-                f"The value of {self!r} must keep its structure, shapes, dtypes and "
-                f"dimensions, {self._describe()}. Got {eqx.tree_pformat(value)}. Make another "
-                "state for it."
+                f"The value of {self!r} must keep its structure, shapes and dtypes, and "
+                f"the dimensions of units, {self._describe()}. Got "
+                f"{eqx.tree_pformat(value)}. Make another state for it."
             )
         written = []
         try:
