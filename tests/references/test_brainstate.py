@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import brainstate
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 import vgrad_eqx as vg
 
@@ -217,3 +218,31 @@ def test_differs_in_jit():
     compiled: Any = brainstate.transform.jit(transform)
     assert tree_allclose(step(X), compiled(X))
     assert tree_allclose(ours.count.value, theirs.count.value)
+
+
+USES = {
+    "grad_states": lambda net: vg.vector_grad(lambda x: net(x), net.states()),
+    "one of them": lambda net: vg.vector_grad(lambda x: net(x), [net.weight]),
+    "StateOptimizer": lambda net: vg.StateOptimizer(optax.sgd(0.1), net.states()),
+    "states of a tree": lambda net: vg.states({"net": net}),
+    "states of states": lambda net: vg.states(dict(net.states())),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_its_objects_are_refused_by_the_name_of_ours(use):
+    with pytest.raises(TypeError, match=r"`vg\.State\(value\)`.*treefy_split"):
+        use(brainstate.nn.Linear(3, 2))
+
+
+def test_a_split_net_is_differentiated_by_selector():
+    net = brainstate.nn.Linear(3, 2)
+    graphdef, states = brainstate.graph.treefy_split(net)
+    x = jnp.ones(3)
+
+    def apply(states, x):
+        return brainstate.graph.treefy_merge(graphdef, states)(x)
+
+    grads = vg.vector_grad(apply, "**")(states, x)
+    assert sorted(map(jnp.shape, grads.values())) == [(2,), (3, 2)]
+    assert all(bool(jnp.all(grad == 1.0)) for grad in grads.values())

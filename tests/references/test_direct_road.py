@@ -70,10 +70,10 @@ def scan_by_hand(h, w, x):
 
 KINDS = {
     "set constant": (set_constant, lambda h, w, x: (w * x, h + x), 1),
-    "set differentiated": (set_differentiated, lambda h, w, x: (w * (h + w * x), h + w * x), 2),
+    "set differentiated": (set_differentiated, lambda h, w, x: (w * (h + w * x), h + w * x), 1),
     "set in scan": (set_in_scan, scan_by_hand, 2),
     "set in checkpoint": (set_in_checkpoint, lambda h, w, x: (jnp.sin(w * (h + x)), h + x), 2),
-    "read in checkpoint": (read_in_checkpoint, lambda h, w, x: (jnp.sin(w * h), x), 2),
+    "read in checkpoint": (read_in_checkpoint, lambda h, w, x: (jnp.sin(w * h), x), 1),
     "read": (read, lambda h, w, x: (w * x * h, h), 1),
     "look": (look, lambda h, w, x: (jnp.where(h[0] > 0, w * x, w * x**2), h), 1),
 }

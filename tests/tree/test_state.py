@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import brainunit as u
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -324,3 +325,46 @@ def test_summary_shows_states(capsys):
         "1     (1,)    bfloat16     1  frozen",
         "chosen: 6 of 7 parameters, in 1 of 2 arrays",
     ]
+
+
+class Hidden(vg.State):
+    def __init__(self, size):
+        super().__init__(jnp.zeros(size), name="hidden")
+        self.size = size
+
+
+class Slotted(vg.State):
+    __slots__ = ("size",)
+
+
+DUPLICATES = [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_copies_of_a_subclass_keep_its_class_and_attributes(duplicate):
+    slotted = Slotted(jnp.ones(2))
+    slotted.size = 3
+    for state in (Hidden(3), slotted):
+        copied = duplicate(state)
+        assert type(copied) is type(state)
+        assert (copied.name, copied.size) == (state.name, 3)
+        copied.value = copied.value + 1
+        assert bool(jnp.all(copied.value == state.value + 1))
+    assert repr(Hidden(3)).startswith("Hidden(")
+
+
+def test_subclasses_are_selected():
+    tree = {"hidden": Hidden(3), "weight": vg.State(jnp.ones(2))}
+    assert list(vg.states(tree, vg.instance(Hidden))) == ["hidden"]
+    assert list(vg.states(tree, ~vg.instance(Hidden))) == ["weight"]
+
+
+def test_a_quantity_is_converted_to_the_unit_of_the_state():
+    state = vg.State({"V": jnp.array(-65.0) * u.mV, "n": jnp.array(1.0)})
+    state.value = {"V": jnp.array(-0.06) * u.volt, "n": jnp.array(2.0)}
+    assert state.value["V"].unit == u.mV
+    assert float(state.value["V"].mantissa) == pytest.approx(-60.0)
+    for other in (jnp.array(1.0) * u.ms, jnp.array(1.0)):
+        with pytest.raises(ValueError, match="dimensions of units.* Got"):
+            state.value = {"V": other, "n": jnp.array(3.0)}
+    assert float(state.value["n"]) == 2.0

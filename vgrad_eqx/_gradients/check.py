@@ -19,14 +19,6 @@ from .._tree.text import shorten
 from .flat_function import FlatFunction
 
 
-class UsesReferences(Exception):
-    """A linear program would use references, which may have other values by then.
-
-    That is where a `jax.checkpoint` computes again what it has computed before, and JAX (0.12)
-    does not notice.
-    """
-
-
 def refuse_unreached(linear: Any, func: Any, flat_func: FlatFunction) -> None:
     """Raises if no output of a linear program depends on one of the selected leaves.
 
@@ -34,8 +26,6 @@ def refuse_unreached(linear: Any, func: Any, flat_func: FlatFunction) -> None:
     or one that was traced and takes values instead of references.
     """
     jaxpr, tangents = _find_tangents(linear, len(flat_func.diff))
-    if jaxpr.effects and func is flat_func and any(hasattr(x, "input") for x in jaxpr.effects):
-        raise UsesReferences
     if not flat_func.transform.check_states or not flat_func.num_selected:
         return
     reaching = {id(var) for var in jaxpr.outvars}

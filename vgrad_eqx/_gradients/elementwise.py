@@ -20,7 +20,7 @@ from .._tree.flat import replace_at
 from .._tree.missing import MISSING
 from .._tree.text import check_flag, name_shapes, show
 from .check import refuse_unreached
-from .engine import is_tracing, make_transform, Operator, Row
+from .engine import make_transform, Operator, Row
 from .flat_function import FlatFunction
 
 
@@ -178,7 +178,7 @@ class _Elementwise:
             return list(result[-1])
         weights = [jnp.asarray(each, dtype) for each in self._make_weights(shape, arrays)]
         fixed = lambda vector: jax.lax.stop_gradient(product(vector))
-        if is_tracing():
+        if _is_tracing():
             # Products in one compiled program may be rounded in different ways, but those of
             # one body of a loop are not. So the result, which may be differentiated, is
             # outside. The barrier hides the values, which would be folded otherwise.
@@ -302,3 +302,12 @@ def _refuse(result: Array, mixed: Array, name: str) -> Array:
         index = tuple(map(int, np.argwhere(np.asarray(mixed))[0]))
         raise ValueError(f"{text}, first at index {index}. {way_out}")
     return result
+
+
+# To put it on a device compiles nothing.
+_PROBE = np.zeros(())
+
+
+def _is_tracing() -> bool:
+    """Whether JAX traces a program now. It does not where it only differentiates or maps."""
+    return isinstance(jax.device_put(_PROBE), jax.core.Tracer)

@@ -6,25 +6,22 @@ vector gradient is that of ones; the other operators take other products.
 
 import dataclasses
 import functools as ft
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 
-from .._references.trace import trace
+from .._references.overlay import call_with
 from .._references.values import StateValues
 from .._select.grad_states import GradStates, parse_grad_states
 from .._tree import state
 from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
-from .._tree.text import check_flag, name_shapes, show
+from .._tree.text import check_flag, name_shapes, shorten, show
 from .._tree.units import (
     attach_unit,
     divide_units,
@@ -33,7 +30,7 @@ from .._tree.units import (
     scale_number,
 )
 from .argnums import parse_argnums
-from .check import refuse_unreached, UsesReferences
+from .check import refuse_unreached
 from .cotangents import make_cotangents
 from .finite import raise_if_not_finite
 from .flat_function import FlatFunction, Output
@@ -116,10 +113,7 @@ class GradientTransform(eqx.Module):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         flat_func = FlatFunction(self, args, kwargs)
-        if isinstance(flat_func.states, StateValues) or _closes_over_ref(self.func):
-            numbers, output, rows = self._differentiate_over_values(flat_func)
-        else:
-            numbers, output, rows = self._differentiate(flat_func)
+        numbers, output, rows = self._differentiate(flat_func)
         results = [self._arrange(flat_func, output, rows)]
         if self.return_value or self.has_aux:
             value, aux = output.combine(numbers)
@@ -127,63 +121,24 @@ class GradientTransform(eqx.Module):
         return results[0] if len(results) == 1 else tuple(results)
 
     def _differentiate(self, flat_func: FlatFunction) -> Any:
-        """The direct road: JAX differentiates `func` as it is."""
-        if not state.exists.is_set():
+        if not state.exists.is_set() and not isinstance(flat_func.states, StateValues):
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
-        if is_tracing():
-            return self._differentiate_apart(flat_func)
-        journal = state.Journal()
-        with state.lock:
-            for ref in state.set_by_compiled:
-                try:
-                    journal[id(ref)] = ref, ref[...]
-                except RuntimeError:  # compiled code that failed has deleted it
-                    continue
-        state.journals.active.append(journal)
+        refs: dict[int, jax.Ref] = {}
+        over_values = ft.partial(_call_over_values, flat_func, refs)
         try:
-            return self._apply_rule(flat_func, flat_func.diff, flat_func)
-        except BaseException as error:
-            journal.restore()
-            if not _is_about_references(error):
-                raise
-        finally:
-            state.journals.active.pop()
-        return self._differentiate_over_values(flat_func)
-
-    def _differentiate_apart(self, flat_func: FlatFunction) -> Any:
-        """The direct road while JAX traces, in a trace of its own, which may be given up."""
-        apart = jax.jit(lambda *diff: self._apply_rule(flat_func, diff, flat_func))
-        try:
-            apart.trace(*flat_func.diff)
+            numbers, output, rows = self._apply_rule(over_values, flat_func.diff, flat_func)
         except Exception as error:
-            if not _is_about_references(error):
+            # JAX has no public type for this error.
+            if type(error).__name__ not in ("CustomJVPException", "CustomVJPException"):
                 raise
-            return self._differentiate_over_values(flat_func)
-        return apart(*flat_func.diff)  # as it was traced
-
-    def _differentiate_over_values(self, flat_func: FlatFunction) -> Any:
-        """The road of references: `func` is traced, and JAX differentiates it over values."""
-        try:
-            traced = trace(flat_func, flat_func.diff)
-        except _LOOKS_AT_VALUES as error:
-            raise TypeError(
-                f"`{flat_func.name}` traces `func`, because it uses states by reference. So it "
-                "cannot decide by the value of an array, as `if`, `bool`, `int`, `float` and "
-                "NumPy do. Use `jnp.where`, `jax.lax.cond` or `jax.lax.while_loop`, or decide "
-                "by a Python number that is passed as an argument."
+            raise ValueError(
+                f"`{flat_func.name}` cannot differentiate a `custom_jvp` or `custom_vjp` "
+                "function by a state that it reads, because its rule is for its arguments. "
+                f"Read the `value` before, and pass it as an argument. `func` reads "
+                f"{shorten(list(map(state.describe, refs.values())))}."
             ) from error
-        values = flat_func.states if isinstance(flat_func.states, StateValues) else None
-        if self.check_states and values is not None:
-            values.refuse_untouched(traced.refs, f"{flat_func.name}(grad_states=...)")
-        evaluate = traced.over_values({} if values is None else values.refs)
-
-        def replay(*diff: Any) -> Any:
-            (numbers, output), finals = evaluate(*diff)
-            return numbers, dataclasses.replace(output, finals=finals)
-
-        numbers, output, rows = self._apply_rule(replay, flat_func.diff, flat_func)
-        for ref, value in zip(traced.written, output.finals, strict=True):
-            state.write(ref, value, "A state that `func` sets")
+        for key, value in output.finals.items():
+            state.write(refs[key], value, state.describe(refs[key]))
         return numbers, output, rows
 
     def _apply_rule(self, func: Any, diff: Sequence[Any], flat_func: FlatFunction) -> Any:
@@ -216,41 +171,15 @@ class GradientTransform(eqx.Module):
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
 
 
-# To put it on a device compiles nothing.
-_PROBE = np.zeros(())
-
-
-def is_tracing() -> bool:
-    """Whether JAX traces a program now. It does not where it only differentiates or maps."""
-    return isinstance(jax.device_put(_PROBE), jax.core.Tracer)
-
-
-_LOOKS_AT_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.NonConcreteBooleanIndexError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
-
-
-def _is_about_references(error: BaseException) -> bool:
-    return isinstance(error, UsesReferences) or state.is_about_references(error)
-
-
-def _closes_over_ref(func: Any) -> bool:
-    """Whether a function names a bare `jax.Ref`, which nothing could set back."""
-    if not isinstance(func, types.FunctionType):
-        return False
-    for name in func.__code__.co_names:
-        if isinstance(func.__globals__.get(name), jax.Ref):
-            return True
-    for cell in func.__closure__ or ():
-        try:
-            if isinstance(cell.cell_contents, jax.Ref):
-                return True
-        except ValueError:  # not assigned yet
-            continue
-    return False
+def _call_over_values(flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: Any) -> Any:
+    """`func`, with what is differentiated in the place of states."""
+    states = flat_func.states if isinstance(flat_func.states, StateValues) else None
+    values = {} if states is None else dict(zip(states.refs, diff, strict=False))
+    called = call_with(flat_func, values, *diff, refs=refs)
+    if flat_func.transform.check_states and states is not None:
+        states.refuse_untouched(refs.values(), f"{flat_func.name}(grad_states=...)")
+    numbers, output = called.output
+    return numbers, dataclasses.replace(output, finals=called.finals)
 
 
 def _divide_row(

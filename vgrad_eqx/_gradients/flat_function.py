@@ -6,7 +6,7 @@ which a Quantity is its number.
 
 import dataclasses
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -79,8 +79,8 @@ class FlatFunction:
 
     @property
     def names(self) -> list[str]:
-        """The paths of what is differentiated. Those of selected leaves come first."""
-        return [name for each in self._inputs for name in each.names]
+        """What errors call each that is differentiated. Selected leaves come first."""
+        return [name for each in self._inputs for name in each.labels]
 
     @property
     def units(self) -> list[Any]:
@@ -136,7 +136,7 @@ class _Argument:
         self.diff, self.units, self._rest = split.diff, split.rest.units, split.rest
 
     @property
-    def names(self) -> list[str]:
+    def labels(self) -> list[str]:
         names = [self._flat.names[i] for i in self._rest.indices]
         return [f"args[{self._position}]" + (name and f".{name}") for name in names]
 
@@ -174,7 +174,7 @@ class _SelectedLeaves:
         )  # errors name leaves in the order of the model
         split = flat.split(list(by_index))
         self.diff, self.units, self._rest = split.diff, split.rest.units, split.rest
-        self.names = list(by_index.values())
+        self.labels = list(by_index.values())
 
     def insert(self, func: Func, args: list[Any], diff: Sequence[Any]) -> Func:
         tree = self._rest.combine(diff)
@@ -185,7 +185,7 @@ class _SelectedLeaves:
 
     def arrange(self, grads: Sequence[Any]) -> Any:
         """The gradients by path, in the structure of `grad_states`."""
-        by_name = dict(zip(self.names, grads, strict=True))
+        by_name = dict(zip(self.labels, grads, strict=True))
         dicts = [{name: by_name[name] for name in each.names} for each in self._selections]
         return jtu.tree_unflatten(self._structure, dicts)
 
@@ -288,7 +288,7 @@ class Output:
     """
 
     arrays: Sequence[Any]
-    finals: Sequence[Any]
+    finals: Mapping[int, Any]
     rest: Rest  # of the pair of both, without the differentiated numbers and the arrays
     names: Sequence[str]  # of the differentiated numbers, if there are several
 
@@ -335,5 +335,5 @@ def split_output(value: Any, aux: Any, name: str) -> tuple[tuple[Any, ...], Outp
         )
     split = flat.split([*diff, *arrays])
     names = ("",) if len(diff) == 1 else tuple(map(FlatTree(value).names.__getitem__, diff))
-    output = Output(split.diff[len(diff) :], (), split.rest, names)
+    output = Output(split.diff[len(diff) :], {}, split.rest, names)
     return tuple(split.diff[: len(diff)]), output

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._references.trace import call_with
+from .._references.overlay import call_with
 from .._references.values import StateValues
 from .._select.grad_states import parse_grad_states
 from .._tree.sharding import spread
@@ -159,6 +159,6 @@ def _over_params(value_fn: Callable[..., Any], values: StateValues) -> Callable[
     def evaluate(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         numbers = [split_unit(params[name])[0] for name in values.names]
         by_id = dict(zip(values.refs, numbers, strict=True))
-        return call_with(value_fn, by_id, *args, **kwargs)
+        return call_with(ft.partial(value_fn, *args, **kwargs), by_id).output
 
     return evaluate

@@ -1,9 +1,5 @@
-"""A jaxpr evaluated again, with the values of references instead of the references.
+"""An operation on references, such as a loop that sets one, evaluated over their values."""
 
-It is meant to be differentiated, so operations that are alike are differentiated only once.
-"""
-
-import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +12,7 @@ import jax.tree_util as jtu
 # cannot differentiate all that it does with a reference of its own, so drop this with 0.10.
 from jax._src.state.discharge import discharge_state  # noqa: TID251
 from jax.extend.core import DebugInfo, DropVar, Jaxpr, jaxprs_in_params, Literal
-from jax.extend.core.primitives import get_p, jit_p, swap_p
+from jax.extend.core.primitives import get_p, jit_p, scan_p, swap_p
 
 from .._tree.cache import Cache
 from .control_flow import find_rule, NestedEquation, Pure, Slots
@@ -26,10 +22,14 @@ _NO_INDEX = jtu.tree_structure(())
 
 
 class Cell:
-    """The value of a reference, while a function is replayed without it."""
+    """The value of a reference, while an operation is replayed without it."""
 
     def __init__(self, value: Any):
         self.value = value
+
+
+class NotFollowed(Exception):
+    """An operation that takes references, and for which there is no rule."""
 
 
 def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -79,7 +79,8 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     inputs = [_read(atom, env) for atom in eqn.invars]
     cells = list({id(value): value for value in inputs if isinstance(value, Cell)}.values())
     if not cells:
-        return _make_function(eqn)(*[env[var] for var in _find_distinct(eqn.invars)])
+        inputs = [env[var] for var in _find_distinct(eqn.invars)]
+        return jax.core.eval_jaxpr(_isolate(eqn), (), *inputs)
     if eqn.primitive in (get_p, swap_p) and eqn.params["tree"] == _NO_INDEX:
         old = cells[0].value
         if eqn.primitive is swap_p:
@@ -99,36 +100,17 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     return outputs
 
 
-def _make_function(eqn: Any) -> Callable[..., Any]:
-    """An equation that has nothing to do with references, of its distinct variables."""
-    if eqn.effects or any(True for _ in jaxprs_in_params(eqn.params)):
-        return ft.partial(jax.core.eval_jaxpr, _isolate(eqn), ())
-    distinct = {var: i for i, var in enumerate(_find_distinct(eqn.invars))}
-    inputs = [
-        repr(atom.val) if isinstance(atom, Literal) else distinct[atom] for atom in eqn.invars
-    ]
-    avals = [atom.aval for atom in eqn.invars]
-
-    def make() -> Callable[..., Any]:
-        jaxpr = _isolate(eqn)
-
-        def replay(*args: Any) -> Sequence[Any]:  # profilers show the name
-            return jax.core.eval_jaxpr(jaxpr, (), *args)
-
-        return jax.jit(replay, inline=True)
-
-    return _remember(eqn, (*inputs, *avals), make)
-
-
 def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
     """An equation on references, of their values. It leaves out what is thrown away."""
     rule = find_rule(eqn, slots)
     if rule is not None:
         inner = NestedEquation(eqn.params, slots, written, _purify)
         more = (slots, written)
-        return _remember(eqn, more, lambda: _jit_rule(eqn, rule, inner), _functions_of_loops)
-    if any(True for _ in jaxprs_in_params(eqn.params)):
+        return _remember(eqn, more, lambda: _jit_rule(eqn, rule, inner))
+    if eqn.primitive is scan_p:
         return _use_references(eqn, slots, written)
+    if any(True for _ in jaxprs_in_params(eqn.params)):
+        raise NotFollowed(str(eqn.primitive))
     return _discharge(eqn, slots, written)
 
 
@@ -196,16 +178,11 @@ def _fill(slots: Slots, states: Sequence[Any], inputs: Sequence[Any]) -> list[An
     return [value if slot is None else states[slot] for slot, value in pairs]
 
 
-# Each occurrence of an operation is traced on its own. Inside of a jitted function, JAX
-# remembers how to differentiate it, which takes most of the time, and what it compiled.
-_functions_of_equations = Cache(4096)
-# Those that have jaxprs in them keep a program each, and are seldom the same ones again.
-_functions_of_loops = Cache(64)
+# A loop keeps its program, so there are only a few.
+_functions = Cache(64)
 
 
-def _remember(
-    eqn: Any, more: Any, make: Callable[[], Any], cache: Cache = _functions_of_equations
-) -> Any:
+def _remember(eqn: Any, more: Any, make: Callable[[], Any]) -> Any:
     """Makes a function once for equal equations, unless it would keep arrays alive."""
     params = jtu.tree_leaves(list(eqn.params.values()))
     if any(getattr(param, "consts", ()) for param in params):  # of closed jaxprs
@@ -213,10 +190,10 @@ def _remember(
     dropped = tuple([isinstance(var, DropVar) for var in eqn.outvars])
     context = (eqn.ctx, eqn.source_info.name_stack)
     key = (eqn.primitive, tuple(eqn.params.items()), more, dropped, context)
-    function = cache.get(key)
+    function = _functions.get(key)
     if function is None:
         function = make()
-        cache.set(key, function)
+        _functions.set(key, function)
     return function
 
 

@@ -1,16 +1,18 @@
-"""A function over references, traced once, and called again with values instead of them."""
+"""A function over references, traced once, and called with values instead of them."""
 
 import dataclasses
 import functools as ft
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.tree_util as jtu
 
-from .._tree.state import read
-from .replay import Cell, find_written, replay
+from .._tree.state import describe
+from .._tree.text import shorten
+from .replay import Cell, find_written, NotFollowed, replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,36 +25,33 @@ class Trace:
     @ft.cached_property
     def refs(self) -> list[jax.Ref]:
         """The references that the function touches, without being passed them."""
-        return [const for const in self.jaxpr.consts if isinstance(const, jax.Ref)]
+        return list(filter(is_concrete_ref, self.jaxpr.consts))
 
     @ft.cached_property
     def written(self) -> list[jax.Ref]:
         written = find_written(self.jaxpr.jaxpr, self.jaxpr.jaxpr.constvars)
         return list(itertools.compress(self.jaxpr.consts, written))
 
-    def call(self, args: Sequence[Any], values: dict[int, Any]) -> tuple[Any, list[Any]]:
+    def call(self, args: Sequence[Any], values: Mapping[int, Any]) -> tuple[Any, list[Any]]:
         """Calls the function, with other values in its references, by their `id`.
 
         Returns its output, and what it leaves in those that it writes.
         """
+        # JAX makes inputs of what the jaxprs of an equation hold, when it stages the equation.
+        assert not any(find_refs((), eqn.params) for eqn in self.jaxpr.jaxpr.eqns)
         cells = {key: Cell(value) for key, value in values.items()}
         consts = [cells.get(id(const), const) for const in self.jaxpr.consts]
-        leaves = replay(self.jaxpr.jaxpr, consts, args)
+        try:
+            leaves = replay(self.jaxpr.jaxpr, consts, args)
+        except NotFollowed as error:
+            raise ValueError(
+                f"{shorten(list(map(describe, self.refs)))}: a state that is set in a loop or "
+                f"compiled function cannot be read or set inside of `{error}`. No gradient "
+                "would follow. Read its `value` before, and pass it as an argument; set it "
+                "outside."
+            ) from error
         finals = [cells[id(ref)].value for ref in self.written]
         return jtu.tree_unflatten(self.structure, leaves), finals
-
-    def over_values(self, by_id: Iterable[int]) -> Callable[..., tuple[Any, list[Any]]]:
-        """The function, with its first arguments in the references of these `id`s.
-
-        All others have the value that they have now.
-        """
-        keys = list(by_id)
-        others = {id(ref): read(ref) for ref in self.refs if id(ref) not in set(keys)}
-
-        def evaluate(*args: Any) -> tuple[Any, list[Any]]:
-            return self.call(args, {**others, **dict(zip(keys, args, strict=False))})
-
-        return evaluate
 
 
 def trace(func: Callable[..., Any], args: Sequence[Any]) -> Trace:
@@ -61,14 +60,25 @@ def trace(func: Callable[..., Any], args: Sequence[Any]) -> Trace:
     return Trace(jaxpr, jtu.tree_structure(shapes))
 
 
-def call_with(
-    func: Callable[..., Any], values: dict[int, Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Calls a function with other values in its references, by their `id`.
+def trace_operation(primitive: Any, params: Any, inputs: Sequence[Any]) -> Trace:
+    """Traces one operation as a function of the inputs that are no references."""
 
-    What it would set is thrown away.
-    """
-    traced = trace(lambda: func(*args, **kwargs), ())
-    others = {id(ref): read(ref) for ref in traced.refs if id(ref) not in values}
-    output, _ = traced.call((), {**others, **values})
-    return output
+    def bind(*others: Any) -> Any:
+        left = iter(others)
+        filled = [value if is_concrete_ref(value) else next(left) for value in inputs]
+        return primitive.bind(*filled, **params)
+
+    return trace(bind, [value for value in inputs if not is_concrete_ref(value)])
+
+
+def find_refs(inputs: Sequence[Any], params: Any) -> list[jax.Ref]:
+    """The references among the inputs of an operation, and in its jaxprs."""
+    found = list(filter(is_concrete_ref, inputs))
+    for param in params.values():
+        for jaxpr in param if isinstance(param, tuple | list) else [param]:
+            found += filter(is_concrete_ref, getattr(jaxpr, "consts", ()))
+    return found
+
+
+def is_concrete_ref(value: Any) -> bool:
+    return isinstance(value, jax.Ref) and not isinstance(value, jax.core.Tracer)

@@ -46,8 +46,19 @@ class StateValues:
 
     @property
     def names(self) -> list[str]:
+        """The paths of the values."""
+        return self._name_values(self._grad_states.names)
+
+    @property
+    def labels(self) -> list[str]:
+        """What errors call the values: by the name of their state, where it has one."""
+        pairs = zip(self._grad_states.entries, self._grad_states.names, strict=True)
+        names = [getattr(entry, "name", None) or name for entry, name in pairs]
+        return [label or "grad_states" for label in self._name_values(names)]
+
+    def _name_values(self, entries: Sequence[str]) -> list[str]:
         names = {}
-        for name, each in zip(self._grad_states.names, self._contents, strict=True):
+        for name, each in zip(entries, self._contents, strict=True):
             inner = FlatTree(each.combine()).names
             for i, ref in zip(each.rest.indices, each.diff, strict=True):
                 names[id(ref)] = f"{name}.{inner[i]}".strip(".")

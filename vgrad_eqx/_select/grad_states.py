@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .._tree.flat import name_of
-from .._tree.state import is_reference
+from .._tree.state import is_reference, refuse_brainstate
 from .._tree.text import show
 from .selectors import as_selector, Selector
 
@@ -39,6 +39,7 @@ def parse_grad_states(grad_states: Any, caller: str) -> GradStates | None:
     if grad_states is None:
         return None
     leaves = jtu.tree_leaves(grad_states, is_leaf=is_reference)
+    refuse_brainstate(leaves, caller)
     if not any(map(is_reference, leaves)):
         return GradStates.of(_parse_selectors(grad_states, caller), by_reference=False)
     others = [leaf for leaf in leaves if not is_reference(leaf)]

@@ -15,7 +15,7 @@ import numpy as np
 
 from .._tree.flat import FlatTree, replace_at
 from .._tree.numpy_leaves import as_given
-from .._tree.state import find_states
+from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import split_unit
 from .glob import compile_glob
@@ -397,6 +397,7 @@ def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
 
 def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     """Chooses among the differentiable leaves of `flat`, or else its states by reference."""
+    refuse_brainstate(flat.leaves, caller.replace("selector=...", "tree=..."))
     states = find_states(flat.leaves)
     check_names(flat, [*flat.differentiable, *states])
     mask = selector.mask(flat) if states else ()

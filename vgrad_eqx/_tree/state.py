@@ -1,6 +1,6 @@
 """States: named references to values."""
 
-import re
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -12,11 +12,13 @@ import jax.core
 import jax.numpy as jnp
 import jax.ref
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from .cache import is_equal
 from .flat import FlatTree, Split
 from .text import show
-from .units import split_unit
+from .units import find_factor, scale_number, split_unit
 
 
 class State:
@@ -31,12 +33,14 @@ class State:
 
     To JAX it is a `jax.Ref` for each array. In the fields of an Equinox module it is a leaf,
     shared by copies of the module; `copy.deepcopy` and `pickle` make a state of its own.
+    Subclasses tell kinds of states apart, as in `vg.instance(Hidden)`.
 
     **Arguments:**
 
     - `value`: the first value, any pytree. Its JAX and NumPy arrays may be set to others of
         the same shape and dtype; all other leaves are fixed. A value that is itself a Python
-        number becomes an array.
+        number becomes an array, and so does a Quantity of one. A Quantity may be set to one of
+        the same dimension, which is converted to its unit.
     - `name`: what to call it in errors. Defaults to nothing.
 
     **Returns:**
@@ -47,8 +51,10 @@ class State:
     **Raises:**
 
     - `TypeError`: if there is no array in `value`.
-    - `ValueError`: on setting a value of another structure, shape or dtype, and
+    - `ValueError`: on setting a value of another structure, shape, dtype or dimension, and
         on setting any under `jax.vmap`. The state keeps its old value then.
+    - `RuntimeError`: on reading, after a compiled function that sets the state has failed at
+        run time. JAX has taken the array of the state then; set its `value` anew.
 
     **Example:**
 
@@ -67,7 +73,7 @@ class State:
     for what it means under transformations.
     """
 
-    __slots__ = ("__weakref__", "content", "name")
+    __slots__ = ("__weakref__", "content", "name", "stand_ins")
 
     def __init__(self, value: Any, name: str | None = None):
         if isinstance(value, bool | int | float | complex):
@@ -81,6 +87,7 @@ class State:
         # The value, with a reference in the place of each array.
         self.content = Split(list(map(_make_ref, arrays.diff)), arrays.rest)
         self.name = name
+        self.stand_ins = [StandIn(ref, self) for ref in self.refs if not is_traced(ref)]
         exists.set()
 
     @property
@@ -96,9 +103,9 @@ class State:
         arrays = self._find_arrays(value)
         if arrays is None:
             raise ValueError(
-                f"The value of {self!r} must keep its structure, shapes and dtypes, "
-                f"{self._describe()}. Got {show(value)}. Make another state for "
-                "it."
+                f"The value of {self!r} must keep its structure, shapes and dtypes, and "
+                f"the dimensions of units, {self._describe()}. Got "
+                f"{show(value)}. Make another state for it."
             )
         written = []
         try:
@@ -116,22 +123,41 @@ class State:
         if flat.structure != rest.structure:
             return None
         arrays = flat.split(rest.indices)
-        if not all(map(_fits, arrays.diff, self.refs)) or arrays.rest.units != rest.units:
+        numbers = arrays.diff
+        if arrays.rest.units != rest.units:
+            blank = [None] * len(numbers)
+            pairs = zip(arrays.rest.units or blank, rest.units or blank, strict=True)
+            factors = [find_factor(unit, to) for unit, to in pairs]
+            found = [factor for factor in factors if factor is not None]
+            if len(found) < len(factors):
+                return None
+            numbers = list(map(scale_number, numbers, found))
+        if not all(map(_fits, numbers, self.refs)):
             return None
         if not all(map(is_equal, arrays.rest.constants, rest.constants)):
             return None
-        return arrays.diff
+        return numbers
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f", name={self.name!r}"
-        return f"State({self._describe()}{name})"
+        return f"{type(self).__name__}({self._describe()}{name})"
 
     def _describe(self) -> str:
         shapes = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in self.refs]
         return eqx.tree_pformat(self.content.rest.combine(shapes), struct_as_array=True)
 
     def __reduce__(self) -> Any:
-        return State, (self.value, self.name)
+        # The attributes of a subclass, in the form that `copy` and `pickle` take.
+        slots = [
+            name for each in type(self).__mro__ for name in vars(each).get("__slots__", ())
+        ]
+        others = {
+            name: getattr(self, name)
+            for name in slots
+            if name not in State.__slots__ and name != "__dict__" and hasattr(self, name)
+        }
+        attributes = (getattr(self, "__dict__", None) or None, others)
+        return _make_state, (type(self), self.value, self.name), attributes
 
     # Without these, NumPy would make an array of objects of it, and Equinox, when it saves a
     # module, would leave it out and say nothing.
@@ -144,6 +170,28 @@ class State:
     __jax_array__ = __array__
 
 
+def _make_state(cls: type[State], value: Any, name: str | None) -> State:
+    state = cls.__new__(cls)
+    State.__init__(state, value, name)
+    return state
+
+
+def refuse_brainstate(leaves: Sequence[Any], caller: str) -> None:
+    """Raises if there are states or modules of brainstate among leaves."""
+    if "brainstate" not in sys.modules:
+        return
+    for leaf in leaves:
+        if any(
+            each.__module__.partition(".")[0] == "brainstate" for each in type(leaf).__mro__
+        ):
+            raise TypeError(
+                f"`{caller}` must not hold objects of brainstate. Got a "
+                f"`{type(leaf).__name__}`. Use `vg.State(value)` for it, or the arrays in "
+                "`states` of `graphdef, states = brainstate.graph.treefy_split(net)`, and put "
+                "the net together by `brainstate.graph.treefy_merge` in `func`."
+            )
+
+
 def is_reference(node: Any) -> bool:
     return isinstance(node, State | jax.Ref)
 
@@ -152,52 +200,119 @@ def is_reference(node: Any) -> bool:
 exists = threading.Event()
 
 
-class Journal(dict[int, tuple[jax.Ref, jax.Array]]):
-    """References that were set, by their `id`, each with the value that it had before.
+class Overlay(jax.core.Trace):
+    """Values in the place of those in references, while a function runs."""
 
-    JAX runs a function that is differentiated with the references themselves. The journal
-    undoes what it has set, after an exception.
+    busy: Any = None  # the operation that JAX evaluates
+
+
+class _Active(threading.local):
+    def __init__(self):
+        self.overlays: list[Any] = []
+
+
+# The overlays of this thread. The last one counts.
+active = _Active()
+
+
+class _StandInTrace(jax.core.Trace):
+    def __init__(self, state: State):
+        super().__init__()
+        self._state = weakref.ref(state)
+
+    def describe(self) -> str:
+        state = self._state()
+        return "A state" if state is None else repr(state)
+
+    def is_valid(self) -> bool:
+        """JAX asks this whenever an operation takes a stand-in."""
+        overlay = active.overlays[-1] if active.overlays else None
+        if overlay is None or overlay.busy is not None:
+            where = "after the call" if overlay is None else f"inside of `{overlay.busy}`"
+            raise ValueError(
+                f"{self.describe()} is used {where} by a function that was traced during a "
+                "gradient. Read its `value` before, and pass it as an argument."
+            )
+        return True
+
+
+class StandIn(jax.core.Tracer):
+    """What a function sees of the value of a state, where JAX traces it by itself.
+
+    The function may be cached, so there is one for each reference, for life. The overlay that
+    evaluates the function knows the value.
     """
 
-    def restore(self) -> None:
-        with lock, jax.core.eval_context():
-            for ref, old in self.values():
-                ref[...] = old
+    __slots__ = ("describe", "ref")
+
+    def __init__(self, ref: jax.Ref, state: State):
+        trace = _StandInTrace(state)
+        super().__init__(trace, jax.typeof(ref).inner_aval)
+        self.ref = ref
+        self.describe = trace.describe
+        _stand_ins[id(ref)] = self
 
 
-class _Journals(threading.local):
-    def __init__(self):
-        self.active: list[Journal] = []
+_stand_ins: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
 
 
-# The journals of this thread. The call that begins one takes it away again.
-journals = _Journals()
+def find_stand_in(ref: Any) -> StandIn | None:
+    return _stand_ins.get(id(ref))
 
-# References that compiled code sets, of which a journal is not told.
-set_by_compiled: weakref.WeakSet[jax.Ref] = weakref.WeakSet()
+
+def describe(ref: Any) -> str:
+    """What errors call a reference."""
+    stand_in = find_stand_in(ref)
+    return "A `jax.Ref`" if stand_in is None else stand_in.describe()
+
+
+hold_p = Primitive("read_state")
+hold_p.def_impl(lambda value: value)
+hold_p.def_abstract_eval(lambda aval: aval)
+ad.deflinear2(hold_p, lambda cotangent, _: [cotangent])
+batching.defvectorized(hold_p)
+mlir.register_lowering(hold_p, lambda ctx, value: [value])
+
+
+def hold(value: Any) -> Any:
+    """The value itself, as the result of an operation."""
+    return hold_p.bind(value)
+
 
 # JAX takes the buffer of a reference away while it reads it.
 lock = threading.RLock()
 
 
-def read(ref: jax.Ref) -> jax.Array:
-    with lock:
-        return ref[...]
+def is_traced(ref: Any) -> bool:
+    """Whether a reference was made in a function while JAX traced it."""
+    return isinstance(ref, jax.core.Tracer)
 
 
-def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
+def read(ref: jax.Ref) -> Any:
+    if active.overlays and not is_traced(ref):
+        return active.overlays[-1].read(ref)
+    try:
+        with lock:
+            return ref[...]
+    except RuntimeError as error:
+        if "deleted" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{describe(ref)} has lost its value: JAX had taken its array for a compiled "
+            "function, which then failed. Set its `value`, say to that of a checkpoint, and "
+            "call the function again."
+        ) from error
+
+
+def write(ref: jax.Ref, value: Any, name: Any) -> Any:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
+    overlay = active.overlays[-1] if active.overlays and not is_traced(ref) else None
+    if overlay is not None and overlay.is_current():
+        return overlay.write(ref, value)
     with lock:
-        is_traced = isinstance(ref, jax.core.Tracer)
-        before = None
-        if journals.active and not is_traced:
-            with jax.core.eval_context():  # the value now, also while a loop is traced
-                before = ref[...]
-        old = ref[...] if isinstance(value, jax.core.Tracer) else None
-        if isinstance(old, jax.core.Tracer) and not is_traced:
-            set_by_compiled.add(ref)
+        old = read(ref) if isinstance(value, jax.core.Tracer) else None
         try:
-            swapped = jax.ref.swap(ref, ..., value)
+            return _swap(ref, value) if overlay is None else overlay.write(ref, value)
         except Exception as error:
             if type(error) is not Exception:  # JAX has no type for these two errors
                 raise
@@ -213,26 +328,17 @@ def write(ref: jax.Ref, value: Any, name: Any) -> jax.Array:
                 "differentiates. Differentiate by an operator of `vgrad_eqx`, which passes it "
                 "on, or return it as auxiliary data and set it afterwards."
             ) from error
-        for journal in journals.active:
-            if before is not None:
-                journal.setdefault(id(ref), (ref, before))
-        return swapped
 
 
-def is_about_references(error: BaseException | None) -> bool:
-    """Whether JAX has refused what a function does with references."""
-    while error is not None:
-        if _ABOUT_REFERENCES.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
-
-
-# JAX has no types for these errors: of a value that is differentiated, and set or added to a
-# reference that is not; and one of a loop whose condition and body share a reference.
-_ABOUT_REFERENCES = re.compile(
-    r"non-differentiated array reference|reference to a mutable array|Zero\(Ref|to addupdate"
-)
+def _swap(ref: jax.Ref, value: Any) -> Any:
+    try:
+        return jax.ref.swap(ref, ..., value)
+    except RuntimeError as error:
+        if "deleted" not in str(error) or isinstance(value, jax.core.Tracer):
+            raise
+    # JAX keeps the array of a reference in a place that is not public, and reads it to swap.
+    ref._refs._buf = jax.new_ref(value)._refs._buf  # noqa: SLF001
+    return value
 
 
 def find_states(leaves: Sequence[Any]) -> list[int]:
