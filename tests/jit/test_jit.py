@@ -424,7 +424,7 @@ def test_wrong_uses():
     with pytest.raises(
         ValueError, match=r"`jit\(donate=...\)` must be one of .*, .none.. Got .first'"
     ):
-        vg.jit(jnp.sin, donate="first")
+        vg.jit(jnp.sin, donate="first")  # pyright: ignore[reportArgumentType]
 
 
 def test_many_kinds_of_arguments():

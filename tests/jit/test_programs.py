@@ -44,7 +44,9 @@ def lower_by_hand(trees):
         statics.append(static)
 
     def step(x, others):
-        given = [jtu.tree_unflatten(s, a) for s, a in zip(structures, [x, *others], strict=True)]
+        given = [
+            jtu.tree_unflatten(s, a) for s, a in zip(structures, [x, *others], strict=True)
+        ]
         result = make_step(*map(eqx.combine, given, statics))
         return jtu.tree_leaves(eqx.filter(result, eqx.is_array))
 

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
-from .._tree.state import Journal, journals, State, write
+from .._tree.state import read, State, write
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
 from .differences import check_rename, Differences, offer_rename
@@ -202,21 +202,21 @@ def _fill(
     leaves: list[Any], items: Mapping[str, tuple[int, Any]], loaded: Mapping[str, Any]
 ) -> list[Any]:
     """The leaves, of which states by reference are set, all of them or none."""
-    leaves = list(leaves)
-    journal = Journal()
-    journals.active.append(journal)
+    leaves, refs = list(leaves), {}
+    for name, value in loaded.items():
+        index, leaf = items[name]
+        if isinstance(ref := split_unit(leaf)[0], jax.Ref):
+            refs[name] = ref
+        else:
+            leaves[index] = value
+    before = {name: read(ref) for name, ref in refs.items()}
     try:
-        for name, value in loaded.items():
-            index, leaf = items[name]
-            if isinstance(ref := split_unit(leaf)[0], jax.Ref):
-                write(ref, value, f"The state `{name}`")
-            else:
-                leaves[index] = value
+        for name, ref in refs.items():
+            write(ref, loaded[name], f"The state `{name}`")
     except BaseException:
-        journal.restore()
+        for name, ref in refs.items():
+            write(ref, before[name], f"The state `{name}`")
         raise
-    finally:
-        journals.active.remove(journal)
     return leaves
 
 

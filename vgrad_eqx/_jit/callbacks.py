@@ -38,17 +38,21 @@ def wait(compiled: Callable[..., Any], *inputs: Any) -> Any:
         logger.removeFilter(is_no_failure)
 
 
-def explain(error: BaseException) -> None:
-    """Raises the error that Equinox has for one of `equinox.error_if`, and no other.
+def explain(error: BaseException) -> BaseException:
+    """The error of Equinox for one of `equinox.error_if`, and any other error as it is.
 
     Equinox explains what is raised in a function that it compiles itself.
     """
     is_known = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
     if not is_known or "_EquinoxRuntimeError: " not in str(error):
-        return
+        return error
 
     @eqx.filter_jit
     def fail() -> None:
         raise error
 
-    fail()
+    try:
+        fail()
+    except eqx.EquinoxRuntimeError as clear:
+        return clear
+    return error

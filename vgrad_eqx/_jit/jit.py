@@ -291,7 +291,9 @@ class _Program:
 
     def fail(self, error: BaseException) -> None:
         self._end()
-        explain(error)
+        clear = explain(error)
+        if clear is not error:
+            raise clear from None
 
 
 class _Result(ft.partial):

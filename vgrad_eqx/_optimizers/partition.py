@@ -13,6 +13,7 @@ import optax
 
 from .._select.selectors import as_selector, select, Selection
 from .._tree.flat import FlatTree
+from .._tree.text import show
 
 
 # For each group its label, and the paths of its parameters.
@@ -74,7 +75,7 @@ def partition(groups: Mapping[Any, Any]) -> optax.GradientTransformationExtraArg
     caller = "partition(groups=...)"
     if not isinstance(groups, dict):
         raise TypeError(
-            f"`{caller}` must be a dict from selector to transformation. Got {groups!r}."
+            f"`{caller}` must be a dict from selector to transformation. Got {show(groups)}."
         )
     check_tx(groups, caller)
 
@@ -211,7 +212,7 @@ def check_tx(tx: Any, caller: str) -> None:
         if not all(map(callable, methods)):
             raise TypeError(
                 f"`{caller}` must be an optax transformation, such as `optax.adam(1e-3)`, or a "
-                f"dict from selector to transformation. Got {each!r}."
+                f"dict from selector to transformation. Got {show(each)}."
             )
 
 
@@ -269,8 +270,8 @@ def carry_over(
         elif found is not None and name is None:
             raise ValueError(
                 "`Optimizer.reselect` keeps what the optimizer knows of each leaf. Got one "
-                f"that mixes the leaves, in a {eqx.tree_pformat(found.leaf)} that would be a "
-                f"{eqx.tree_pformat(leaf)}, as `optax.flatten` does. Make another optimizer, "
+                f"that mixes the leaves, in a {show(found.leaf)} that would be a "
+                f"{show(leaf)}, as `optax.flatten` does. Make another optimizer, "
                 "which starts anew."
             )
         leaves.append(leaf)

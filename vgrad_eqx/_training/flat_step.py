@@ -22,6 +22,7 @@ from .._tree.cache import Cache
 from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
 from .._tree.sharding import constrain, find_sharding, spread
 from .._tree.state import write
+from .._tree.text import show
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
 from .accumulation import accumulate, check_leading_axis, is_array, Result
 from .loss import make_loss
@@ -170,7 +171,7 @@ class FlatStep:
         except TypeError as error:
             raise TypeError(
                 "A training step compiles again for each constant in its batch, so each must "
-                f"have a hash. Got {eqx.tree_pformat(inputs)}. Close over it, or pass an array."
+                f"have a hash. Got {show(inputs)}. Close over it, or pass an array."
             ) from error
         program = self._programs.get((rest.structure, constants))
         if program is None:
@@ -313,7 +314,7 @@ class FlatStep:
             raise TypeError(
                 "`train_step(func=...)` must return the next `equinox.nn.State`, as "
                 f"`{wanted}`, because the state was made by `init(..., nn_state=...)`. Got "
-                f"{eqx.tree_pformat(others[0])} beside the value."
+                f"{show(others[0])} beside the value."
             )
         return aux, nn_state
 

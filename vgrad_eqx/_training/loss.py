@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 
+from .._tree.text import show
 from .._tree.units import split_unit
 
 
@@ -29,7 +30,7 @@ def make_loss(func: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
         if not eqx.is_array_like(split_unit(value)[0]):
             raise TypeError(
                 "`train_step(func=...)` must return one array or Quantity, the loss or a "
-                f"vector of losses. Got {eqx.tree_pformat(value)}. To return more than that, "
+                f"vector of losses. Got {show(value)}. To return more than that, "
                 "return `(value, aux)` and pass `has_aux=True`; for an `equinox.nn.State`, use "
                 "`step.init(model, nn_state=nn_state)`."
             )

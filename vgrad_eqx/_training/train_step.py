@@ -2,15 +2,16 @@
 
 import functools as ft
 import operator
-import re
 from collections.abc import Callable
 from typing import Any, cast, Protocol, runtime_checkable
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._jit.callbacks import explain
 from .._optimizers.fingerprint import Fingerprinted
 from .._optimizers.optimizer import Optimizer
 from .._optimizers.partition import check_tx
@@ -230,7 +231,7 @@ class _Trainer:
         if not isinstance(state, TrainState):
             raise TypeError(
                 "A training step takes the `TrainState` of `init`, and then the batch: "
-                f"`state, metrics = step(state, *batch)`. Got {eqx.tree_pformat(state)}."
+                f"`state, metrics = step(state, *batch)`. Got {show(state)}."
             )
         if state.flat_step.owner is not self:
             raise ValueError(
@@ -276,8 +277,7 @@ def _make_step(trainer: _Trainer) -> TrainStep:
 
 def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
     """Leaves a state to go on with, if there is one, and says what `eqx.error_if` says."""
-    checked = _CHECKED.search(str(error))
-    clear = error if checked is None else eqx.EquinoxRuntimeError(checked[1])
+    clear = explain(error)
     if state.is_donated and leaves is not None:
         state.take_over(leaves)
     elif state.is_donated:
@@ -291,10 +291,6 @@ def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
         raise clear from None
 
 
-# The words of a check, among those of JAX and Equinox about the callback that it is.
-_CHECKED = re.compile(r"_EquinoxRuntimeError: (.*?)\n\n\n---", re.DOTALL)
-
-
 def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
     """Refuses what is not meant for `init`."""
     dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
@@ -303,19 +299,19 @@ def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
     if key is not None and not is_key:
         raise TypeError(
             "`init(key=...)` must be a PRNG key, as `jax.random.key(seed)` makes one. Got "
-            f"{eqx.tree_pformat(key)}."
+            f"{show(key)}."
         )
     if nn_state is not None and not isinstance(nn_state, eqx.nn.State):
         raise TypeError(
             "`init(nn_state=...)` must be the `equinox.nn.State` of the module, as "
             "`eqx.nn.make_with_state` makes it. Got "
-            f"{eqx.tree_pformat(nn_state)}. Other values that change are auxiliary data, or in "
+            f"{show(nn_state)}. Other values that change are auxiliary data, or in "
             "a `vg.State`."
         )
     if batch is not None and not isinstance(batch, tuple | list):
         raise TypeError(
             "`init(batch=...)` must be a tuple of the positional arguments of `func`, such as "
-            f"`(x, y)`. Got {eqx.tree_pformat(batch)}."
+            f"`(x, y)`. Got {show(batch)}."
         )
 
 
@@ -406,12 +402,14 @@ def train_step(
     for name, number in {**numbers, "keep_every": keep_every}.items():
         least = 1 if name in numbers else 0
         if isinstance(number, bool) or not isinstance(number, int):
-from .._tree.text import check_flag, show
-            raise TypeError(f"`train_step({name}=...)` must be an int. Got {number!r}.")
+            raise TypeError(f"`train_step({name}=...)` must be an int. Got {show(number)}.")
         if number < least:
             raise ValueError(
                 f"`train_step({name}=...)` must be at least {least}. Got {number}."
             )
+    flags = {"has_aux": has_aux, "check_states": check_states, "packed": packed}
+    for name, flag in (flags | {"grad_norms": grad_norms, "donate": donate}).items():
+        check_flag(flag, f"train_step({name}=...)")
     parsed = parse_grad_states(grad_states, "train_step(grad_states=...)")
     if parsed is None:
         raise TypeError(
