@@ -49,7 +49,7 @@ class Flagged:
 
     @classmethod
     def tree_unflatten(cls, flag, children):
-        return cls(*children, flag)
+        return cls(children[0], flag)
 
 
 TREES: dict[str, Any] = {
