@@ -162,7 +162,7 @@ class _Trainer:
         if states is None or batch is None:
             return state
         try:
-            program, inputs = flat_step.find_program((tuple(batch), {}))
+            program, inputs = flat_step.find_program(tuple(batch), {})
             jax.eval_shape(program, leaves, frozen, inputs)
         except UnknownStates as unknown:
             return _extend(state, unknown)
@@ -219,7 +219,7 @@ class _Trainer:
 
     def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
         self.check(state)
-        compiled, inputs = state.flat_step.find_program((batch, kwargs))
+        compiled, inputs = state.flat_step.find_program(batch, kwargs)
         try:
             return compiled.lower(state.leaves, state.frozen, inputs)
         except UnknownStates as unknown:
@@ -250,9 +250,9 @@ def _make_step(trainer: _Trainer) -> TrainStep:
         first = state.leaves[0]
         if type(first) in CONCRETE and first.is_deleted():
             trainer.check(state)
-        compiled, inputs = flat_step.compiled, (batch, kwargs)
+        compiled, inputs = flat_step.compiled, batch
         if kwargs or not PLAIN.issuperset(map(type, batch)):
-            compiled, inputs = flat_step.find_program(inputs)
+            compiled, inputs = flat_step.find_program(batch, kwargs)
         try:
             # Unpacked by C code, so that no interrupt comes before the results are stored.
             ((leaves, value, aux, norms),) = map(
