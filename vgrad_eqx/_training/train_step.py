@@ -21,7 +21,7 @@ from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
-from .flat_step import CONCRETE, FlatStep, list_names, Metrics, Options, PLAIN
+from .flat_step import FlatStep, list_names, Metrics, Options, PLAIN
 from .over_states import StateFunction, UnknownStates
 from .train_state import TrainState
 
@@ -247,9 +247,6 @@ def _make_step(trainer: _Trainer) -> TrainStep:
         if type(state) is not TrainState or state.flat_step.owner is not trainer:
             trainer.check(state)
         flat_step, leaves = state.flat_step, None
-        first = state.leaves[0]
-        if type(first) in CONCRETE and first.is_deleted():
-            trainer.check(state)
         compiled, inputs = flat_step.compiled, batch
         if kwargs or not PLAIN.issuperset(map(type, batch)):
             compiled, inputs = flat_step.find_program(batch, kwargs)
@@ -276,6 +273,8 @@ def _make_step(trainer: _Trainer) -> TrainStep:
 
 def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
     """Leaves a state to go on with, if there is one, and says what `eqx.error_if` says."""
+    if leaves is None and "has been deleted" in str(error):
+        state.check()  # to look before each call would take a share of its time
     checked = _CHECKED.search(str(error))
     clear = error if checked is None else eqx.EquinoxRuntimeError(checked[1])
     if state.is_donated and leaves is not None:
