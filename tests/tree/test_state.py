@@ -127,7 +127,7 @@ def test_another_unit_is_refused():
         state.value = jnp.ones(2) * u.mV
 
 
-@pytest.mark.parametrize("value", [None, [], "a", jax.nn.relu], ids=str)
+@pytest.mark.parametrize("value", [None, [], "a", jax.nn.relu])
 def test_a_value_without_an_array_is_refused(value):
     with pytest.raises(TypeError, match=r"`State\(value=...\)` must hold an array. Got "):
         vg.State(value)

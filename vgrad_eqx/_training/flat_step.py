@@ -150,21 +150,22 @@ class FlatStep:
     def _compile(self, run: Callable[..., Any]) -> Any:
         return jax.jit(run, donate_argnums=0 if self.options.donate else ())
 
-    def find_program(self, inputs: Any) -> Any:
+    def find_program(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A compiled step for such a batch, and what it takes of it.
 
         All that is no array or number is constant; and so is a number in a module, which may
         decide by it.
         """
+        inputs = batch, kwargs
         leaves = jtu.tree_leaves(inputs, is_leaf=_is_module)
-        if PLAIN.issuperset(map(type, leaves)):
-            return self.compiled, inputs
+        if not kwargs and PLAIN.issuperset(map(type, leaves)):
+            return self.compiled, batch
         PLAIN.update([type(leaf) for leaf in leaves if isinstance(leaf, jax.Array)])
         inputs = jtu.tree_map(_trace_number, inputs, is_leaf=_is_module)
         split = split_arrays(inputs, is_array)
         rest = split.rest
-        if len(split.diff) == rest.structure.num_leaves:
-            return self.compiled, inputs
+        if not kwargs and len(split.diff) == rest.structure.num_leaves:
+            return self.compiled, inputs[0]
         constants = tuple([(type(leaf), leaf) for leaf in rest.constants])
         try:
             hash((rest.structure, constants))
@@ -176,7 +177,7 @@ class FlatStep:
         program = self._programs.get((rest.structure, constants))
         if program is None:
             program = self._compile(
-                lambda leaves, frozen, arrays: self.run(leaves, frozen, rest.combine(arrays))
+                lambda leaves, frozen, arrays: self._run(leaves, frozen, rest.combine(arrays))
             )
             self._programs.set((rest.structure, constants), program)
         return program, split.diff
@@ -210,6 +211,10 @@ class FlatStep:
         return flat_step, flat_step.start(flat, optimizer, key, nn_state)[0]
 
     def run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+        """Takes the steps of one call, for a batch without keyword arguments."""
+        return self._run(leaves, frozen, (batch, {}))
+
+    def _run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
         """Takes the steps of one call. Returns the next leaves and the three metrics."""
         arrays = list(leaves) if self._packing is None else self._packing.unpack(leaves)
         inputs = split_arrays(batch, is_array)

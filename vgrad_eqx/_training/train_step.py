@@ -22,7 +22,7 @@ from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
-from .flat_step import CONCRETE, FlatStep, list_names, Metrics, Options, PLAIN
+from .flat_step import FlatStep, list_names, Metrics, Options, PLAIN
 from .over_states import StateFunction, UnknownStates
 from .train_state import TrainState
 
@@ -163,7 +163,7 @@ class _Trainer:
         if states is None or batch is None:
             return state
         try:
-            program, inputs = flat_step.find_program((tuple(batch), {}))
+            program, inputs = flat_step.find_program(tuple(batch), {})
             jax.eval_shape(program, leaves, frozen, inputs)
         except UnknownStates as unknown:
             return _extend(state, unknown)
@@ -220,7 +220,7 @@ class _Trainer:
 
     def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
         self.check(state)
-        compiled, inputs = state.flat_step.find_program((batch, kwargs))
+        compiled, inputs = state.flat_step.find_program(batch, kwargs)
         try:
             return compiled.lower(state.leaves, state.frozen, inputs)
         except UnknownStates as unknown:
@@ -248,12 +248,9 @@ def _make_step(trainer: _Trainer) -> TrainStep:
         if type(state) is not TrainState or state.flat_step.owner is not trainer:
             trainer.check(state)
         flat_step, leaves = state.flat_step, None
-        first = state.leaves[0]
-        if type(first) in CONCRETE and first.is_deleted():
-            trainer.check(state)
-        compiled, inputs = flat_step.compiled, (batch, kwargs)
+        compiled, inputs = flat_step.compiled, batch
         if kwargs or not PLAIN.issuperset(map(type, batch)):
-            compiled, inputs = flat_step.find_program(inputs)
+            compiled, inputs = flat_step.find_program(batch, kwargs)
         try:
             # Unpacked by C code, so that no interrupt comes before the results are stored.
             ((leaves, value, aux, norms),) = map(
@@ -277,6 +274,8 @@ def _make_step(trainer: _Trainer) -> TrainStep:
 
 def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
     """Leaves a state to go on with, if there is one, and says what `eqx.error_if` says."""
+    if leaves is None and "has been deleted" in str(error):
+        state.check()  # to look before each call would take a share of its time
     clear = explain(error)
     if state.is_donated and leaves is not None:
         state.take_over(leaves)
