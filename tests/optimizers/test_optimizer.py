@@ -328,7 +328,7 @@ WRONG_GRADIENTS = {
         ValueError,
         r"Got a gradient in ms without `vg.unitful",
     ),
-    "two faults": ({"a": jnp.ones(3)}, ValueError, "Got none at `b`; f.* at `a`"),
+    "two faults": ({"a": jnp.ones(3)}, ValueError, "Got none at `b`, f.* at `a`"),
     "a module": (
         make_mlp(),
         TypeError,

@@ -147,7 +147,7 @@ def test_wrong_gradients(name, grads):
         opt.step(**{"var_grads": good, name: grads})
     assert states["w"].value.tolist() == [1.0, 2.0]
     wrong = {"w": jnp.ones(5), "inner": [{"b": None, "n": None}]}
-    match = r"`StateOptimizer.step\(var_grads=...\)`.*None at `inner.0.b`; f.*\[5\] for a leaf"
+    match = r"`StateOptimizer.step\(var_grads=...\)`.*None at `inner.0.b`, f.*\[5\] for a leaf"
     with pytest.raises(ValueError, match=match):
         opt.step(wrong)
     assert int(opt.count) == 0

@@ -158,7 +158,7 @@ def fail(step, state, *shape):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_an_error_of_the_loss_is_what_is_raised(options):
     step = vg.train_step(guarded, optax.sgd(0.1), **options)
-    with pytest.raises(Exception, match="^x must be below 5"):
+    with pytest.raises(Exception, match="x must be below 5"):
         fail(step, step.init(ONE), *[2] * (len(options) and "packed" not in options))
 
 

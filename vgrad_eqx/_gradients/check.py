@@ -25,9 +25,9 @@ def refuse_unreached(linear: Any, func: Any, flat_func: FlatFunction) -> None:
     `linear` is what `jax.vjp` or `jax.linearize` has returned for a `func`: the call itself,
     or one that was traced and takes values instead of references.
     """
-    jaxpr, tangents = _find_tangents(linear, len(flat_func.diff))
     if not flat_func.transform.check_states or not flat_func.num_selected:
         return
+    jaxpr, tangents = _find_tangents(linear, len(flat_func.diff))
     reaching = {id(var) for var in jaxpr.outvars}
     for eqn in reversed(jaxpr.eqns):
         if not reaching.isdisjoint(map(id, eqn.outvars)):

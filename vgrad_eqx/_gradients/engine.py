@@ -211,8 +211,9 @@ def pull_back(
             "outputs, or `jacrev` for all derivatives."
         )
     refuse_unreached(pull, func, flat_func)
-    cotangents, unit = tuple(map(jnp.ones_like, numbers)), None
-    if flat_func.transform.cotangent is not None or output.rest.units is not None:
+    if flat_func.transform.cotangent is None and output.rest.units is None:
+        cotangents, unit = tuple(map(jnp.ones_like, numbers)), None
+    else:
         cotangents, unit = make_cotangents(numbers, output, flat_func)
     grads = pull(cotangents)
     if jax.device_count() > 1 and is_any_traced(diff):

@@ -7,12 +7,9 @@ from typing import Any
 import jax
 
 from .._optimizers.state_optimizer import StateOptimizer
-from .._references.trace import Trace, trace
-from .._tree.cache import Cache
-from .._tree.flat import Split, split_arrays
+from .._references.overlay import call_with
 from .._tree.state import read
 from .._tree.units import attach_unit, split_unit
-from .accumulation import is_array
 from .loss import make_loss
 
 
@@ -38,7 +35,6 @@ class StateFunction:
         self.others: list[jax.Ref] = []
         self._options = options
         self._func = make_loss(options.func, options.has_aux)
-        self._traces = Cache()
 
     def extend(self, unknown: UnknownStates) -> tuple["StateFunction", list[Any]]:
         """One that takes the values of more states, and the values that these have now."""
@@ -51,36 +47,21 @@ class StateFunction:
     def __call__(
         self, params: dict[str, Any], others: Sequence[Any], *batch: Any, **kwargs: Any
     ) -> Any:
-        inputs = split_arrays((batch, kwargs), is_array)
-        traced = self._trace(inputs)
         numbers = [split_unit(params[name])[0] for name in self.trained]
         refs = [*self.trained.values(), *self.others]
         values = dict(zip(map(id, refs), [*numbers, *others], strict=True))
-        if any(id(ref) not in values for ref in traced.refs):
-            raise UnknownStates(traced.refs)
-        out, finals = traced.call(inputs.diff, values)
-        value, aux = out if self._options.has_aux else (out, None)
-        values.update(zip(map(id, traced.written), finals, strict=True))
+        called = call_with(lambda: self._func(*batch, **kwargs), values)
+        if self._options.check_states:
+            trained = self.optimizer.find_values()
+            trained.refuse_untouched(called.refs.values(), "train_step(grad_states=...)")
+        unknown = [ref for key, ref in called.refs.items() if key not in values]
+        if unknown:
+            raise UnknownStates(unknown)
+        value, aux = called.output if self._options.has_aux else (called.output, None)
+        values.update(called.finals)
         written = {
             name: attach_unit(values[id(ref)], split_unit(params[name])[1])
             for name, ref in self.trained.items()
-            if any(ref is each for each in traced.written)
+            if id(ref) in called.finals
         }
         return value, ([values[id(ref)] for ref in self.others], (aux, written))
-
-    def _trace(self, inputs: Split) -> Trace:
-        rest = inputs.rest
-        key = (rest.structure, tuple(rest.constants), tuple(map(jax.typeof, inputs.diff)))
-        traced = self._traces.get(key)
-        if traced is None:
-
-            def call(*arrays: Any) -> Any:
-                args, kwargs = rest.combine(arrays)
-                return self._func(*args, **kwargs)
-
-            traced = trace(call, inputs.diff)
-            self._traces.set(key, traced)
-            if self._options.check_states:
-                values = self.optimizer.find_values()
-                values.refuse_untouched(traced.refs, "train_step(grad_states=...)")
-        return traced

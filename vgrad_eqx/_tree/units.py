@@ -137,7 +137,7 @@ def parse_unit(unit: Any, caller: str) -> Any:
 
     if not isinstance(unit, brainunit.Unit):
         raise TypeError(
-            f"`{caller}` must be a unit, such as `brainunit.mvolt`. Got a "
+            f"`{caller}` must be a unit, such as `brainunit.mvolt`. Got one of type "
             f"`{type(unit).__name__}`."
         )
     return unit
