@@ -272,8 +272,6 @@ def test_a_scale_at_an_unknown_path_is_refused():
 def test_a_loss_unit_that_is_no_unit_is_refused():
     match = r"`unitful\(loss_unit=...\)` must be a unit, .* Got one of type `int`"
     with pytest.raises(TypeError, match=match):
-        TypeError, match=r"`unitful\(loss_unit=...\)` must be a unit, .* Got one of type `int`"
-    ):
         unitful(optax.adam(0.1), 3)
 
 

@@ -112,7 +112,7 @@ class GradientTransform(eqx.Module):
         return self if instance is None else eqx.Partial(self, instance)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        flat_func = FlatFunction(self, args, kwargs)
+        flat_func = FlatFunction(self, self.func, args, kwargs)
         numbers, output, rows = self._differentiate(flat_func)
         results = [self._arrange(flat_func, output, rows)]
         if self.return_value or self.has_aux:

@@ -26,10 +26,12 @@ Func = Callable[..., Any]
 class FlatFunction:
     """`func` with its arguments, as a function of the numbers to differentiate by."""
 
-    def __init__(self, transform: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(
+        self, transform: Any, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ):
         self.transform = transform
         self.name = name = transform.operator.name
-        self._func, self._has_aux = transform.func, transform.has_aux
+        self._func, self._has_aux = func, transform.has_aux
         self._args, self._kwargs = args, kwargs
         self._is_one_arg = not isinstance(transform.argnums, tuple)
         grad_states, argnums = transform.grad_states, transform.argnums

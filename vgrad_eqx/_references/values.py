@@ -1,5 +1,6 @@
 """States by reference as values to differentiate by, and where they stand in `grad_states`."""
 
+import functools as ft
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -37,7 +38,10 @@ class StateValues:
         }
         self.refs = {key: ref for key, (ref, _) in pairs.items()}
         self.units = [unit for _, unit in pairs.values()]
-        self.diff = list(map(read, self.refs.values()))
+
+    @ft.cached_property
+    def diff(self) -> list[Any]:
+        return list(map(read, self.refs.values()))
 
     @property
     def params(self) -> list[Any]:

@@ -30,7 +30,7 @@ class StateFunction:
 
     def __init__(self, options: Any, optimizer: StateOptimizer):
         self.optimizer = optimizer
-        values = optimizer.find_values()
+        self._values = values = optimizer.find_values()
         self.trained = dict(zip(values.names, values.refs.values(), strict=True))
         self.others: list[jax.Ref] = []
         self._options = options
@@ -52,8 +52,8 @@ class StateFunction:
         values = dict(zip(map(id, refs), [*numbers, *others], strict=True))
         called = call_with(lambda: self._func(*batch, **kwargs), values)
         if self._options.check_states:
-            trained = self.optimizer.find_values()
-            trained.refuse_untouched(called.refs.values(), "train_step(grad_states=...)")
+            caller = "train_step(grad_states=...)"
+            self._values.refuse_untouched(called.refs.values(), caller)
         unknown = [ref for key, ref in called.refs.items() if key not in values]
         if unknown:
             raise UnknownStates(unknown)
