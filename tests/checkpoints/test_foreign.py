@@ -37,6 +37,13 @@ def make_tensors(dtype="float32"):
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
 
 
+@pytest.fixture(autouse=True)
+def without_x64():
+    """The files hold float32, as those of torch do."""
+    with jax.enable_x64(False):
+        yield
+
+
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "model.safetensors"

@@ -82,6 +82,7 @@ JAX_DTYPES = [
     if isinstance(getattr(jnp, name), type(jnp.float32))
     and name == jnp.dtype(getattr(jnp, name)).name
     and jax.dtypes.canonicalize_dtype(name).name == name
+    and name not in ("int1", "uint1")  # `jnp.full` gives bools once it has made some
     and has_arrays(name)
 ]
 NUMPY_DTYPES = ["?", "i1", "u2", "<i4", ">i4", ">u8", "<f2", ">f4", "<f8", ">f8", ">c8", "c16"]

@@ -1,7 +1,7 @@
 """What reads a state, in which role, from where, and how it runs: right, or a clear error.
 
 Each cell is equal to the function of arrays, or it is refused by an error that names the state.
-`REFUSED` says which may be. A sample runs by default, and all cells by `-m nightly`.
+`REFUSED` says which may be. A sample runs by default, and all cells by `--nightly`.
 """
 
 import itertools
@@ -444,6 +444,6 @@ def list_cells():
         yield pytest.param(name, ROLES[j], place, way, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "role", "place", "way"), list_cells())
+@pytest.mark.parametrize(("name", "role", "place", "way"), list(list_cells()))
 def test_each_cell_is_right_or_a_clear_error(name, role, place, way):
     check(name, role, place, way)
