@@ -403,7 +403,7 @@ REFUSED = {
     "a batch that is no tuple": (
         lambda: call(square, init={"batch": jnp.ones(3)}),
         TypeError,
-        r"`init\(batch=...\)` must be a tuple.*Got f32",
+        r"`init\(batch=...\)` must be a tuple.*Got f\d\d",
     ),
     "another transformation": (
         lambda: call(square, init={"optimizer": vg.Optimizer(optax.sgd(0.2), make_ones())}),

@@ -195,7 +195,7 @@ def view_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def split_chunks(array: np.ndarray) -> Iterable[memoryview]:
-    view = memoryview(array)
+    view = array.data
     return [view[i : i + _CHUNK] for i in range(0, len(view), _CHUNK)]
 
 
