@@ -45,13 +45,18 @@ PACKAGE = str(pathlib.Path(vg.__file__).parent)
 
 
 def list_calls(func, *args):
-    """The files of the package in which functions are called, one after the other."""
+    """The files of the package in which functions are called, one after the other.
+
+    Comprehensions are functions in Python 3.11 only, so they do not count.
+    """
     func(*args)
     files = []
 
     def watch(frame, event, _):
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            files.append(frame.f_code.co_filename)
+        code = frame.f_code
+        is_comprehension = code.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>")
+        if event == "call" and code.co_filename.startswith(PACKAGE) and not is_comprehension:
+            files.append(code.co_filename)
 
     sys.setprofile(watch)
     try:
