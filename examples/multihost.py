@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 import sklearn.datasets
 import tqdm
 import vgrad_eqx as vg
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -62,16 +62,23 @@ def open_checkpoints(folder):
     return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
 
 
+def flatten(state):
+    """The arrays as Orbax takes them: the count, which each process has, is one of NumPy."""
+    leaves, structure = jax.tree.flatten(state)
+    is_own = lambda leaf: isinstance(leaf.sharding, SingleDeviceSharding)
+    return [np.asarray(leaf) if is_own(leaf) else leaf for leaf in leaves], structure
+
+
 def save(checkpoints, state):
     """Writes a state in the background. Every process calls it, and writes its shards."""
-    checkpoints.save(state.count, args=ocp.args.StandardSave(jax.tree.leaves(state)))
+    checkpoints.save(int(state.count), args=ocp.args.StandardSave(flatten(state)[0]))
 
 
 def load(checkpoints, like):
     """The last state, with the shardings of `like`; or `like` itself, if there is none."""
     if checkpoints.latest_step() is None:
         return like
-    leaves, structure = jax.tree.flatten(like)
+    leaves, structure = flatten(like)
     args = ocp.args.StandardRestore(leaves)
     return jax.tree.unflatten(
         structure, checkpoints.restore(checkpoints.latest_step(), args=args)
