@@ -65,8 +65,10 @@ def open_checkpoints(folder):
 def flatten(state):
     """The arrays as Orbax takes them: the count, which each process has, is one of NumPy."""
     leaves, structure = jax.tree.flatten(state)
-    is_own = lambda leaf: isinstance(leaf.sharding, SingleDeviceSharding)
-    return [np.asarray(leaf) if is_own(leaf) else leaf for leaf in leaves], structure
+    shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+    is_own = [each is None or isinstance(each, SingleDeviceSharding) for each in shardings]
+    pairs = zip(leaves, is_own, strict=True)
+    return [np.asarray(leaf) if own else leaf for leaf, own in pairs], structure
 
 
 def save(checkpoints, state):
@@ -123,7 +125,7 @@ def work(folder, steps, seed, kill_at):
             for array in (images, labels)
         ]
         state, metrics = step(state, *batch)
-        history.append((state.count, float(jnp.sum(metrics.value))))
+        history.append((int(state.count), float(jnp.sum(metrics.value))))
         progress.update()
         if state.count % SAVE_EVERY == 0 or state.count == steps:
             save(checkpoints, state)
