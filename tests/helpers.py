@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
@@ -42,3 +46,19 @@ def column_sums(jacobian, out, tree):
         tree,
         *summed,
     )
+
+
+NUM_DEVICES = 8
+
+
+def run_on_eight_devices(file):
+    """Runs the tests of a file in a process with eight devices. Returns what pytest prints.
+
+    JAX must be told of them before it starts.
+    """
+    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    return result.stdout

@@ -1,10 +1,7 @@
 """Orbax writes a sharded training by shards, on eight devices in a process of their own."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import equinox as eqx
 import jax
@@ -18,12 +15,11 @@ import vgrad_eqx as vg
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..helpers import tree_allclose
+from ..helpers import NUM_DEVICES, run_on_eight_devices, tree_allclose
 
 
 ocp = pytest.importorskip("orbax.checkpoint")
 
-NUM_DEVICES = 8
 X = jnp.arange(64.0).reshape(8, 8) / 64
 inside = pytest.mark.skipif(
     jax.device_count() < NUM_DEVICES, reason="runs in a process with eight devices, see below"
@@ -33,12 +29,8 @@ inside = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() >= NUM_DEVICES, reason="this is that process")
 def test_on_eight_devices():
-    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"\d passed, 1 deselected", result.stdout), result.stdout
+    output = run_on_eight_devices(__file__)
+    assert re.search(r"\d passed, 1 deselected", output), output
 
 
 def loss(model, x, key):

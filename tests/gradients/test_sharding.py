@@ -1,9 +1,6 @@
 """On eight devices, which JAX must be told of before it starts: in a process of their own."""
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
@@ -18,10 +15,9 @@ import vgrad_eqx as vg
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..helpers import tree_allclose
+from ..helpers import NUM_DEVICES, run_on_eight_devices, tree_allclose
 
 
-NUM_DEVICES = 8
 inside = pytest.mark.skipif(
     jax.device_count() < NUM_DEVICES, reason="runs in a process with eight devices, see above"
 )
@@ -30,12 +26,8 @@ inside = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() >= NUM_DEVICES, reason="this is that process")
 def test_on_eight_devices():
-    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"\d\d passed, 1 deselected", result.stdout), result.stdout
+    output = run_on_eight_devices(__file__)
+    assert re.search(r"\d\d passed, 1 deselected", output), output
 
 
 # For each layout: how a matrix and a vector lie, and a batch.

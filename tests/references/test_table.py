@@ -148,24 +148,22 @@ def root(get, x):
     return jax.lax.custom_root(func, x, solve, lambda g, y: y / g(jnp.ones_like(y)))
 
 
-def while_in_jvp(get, x):
+def equinox_while(get, x, kind):
     return eqxi.while_loop(
         lambda c: c[0] < 3,
         lambda c: (c[0] + 1, jnp.sin(c[1]) * get()),
         (0, x),
-        kind="checkpointed",
+        kind=kind,
         max_steps=4,
     )[1]
+
+
+def while_in_jvp(get, x):
+    return equinox_while(get, x, "checkpointed")
 
 
 def bounded_while(get, x):
-    return eqxi.while_loop(
-        lambda c: c[0] < 3,
-        lambda c: (c[0] + 1, jnp.sin(c[1]) * get()),
-        (0, x),
-        kind="bounded",
-        max_steps=4,
-    )[1]
+    return equinox_while(get, x, "bounded")
 
 
 def filter_custom_vjp(get, x):

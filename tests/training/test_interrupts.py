@@ -96,19 +96,11 @@ def interrupt(training, seconds):
     timer.join()
 
 
+@pytest.mark.parametrize("times", [8, pytest.param(250, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", TRAININGS.values(), ids=TRAININGS.keys())
-def test_ctrl_c_loses_no_step(make):
-    training, moments = make(), random.Random(0)
-    for _ in range(8):
-        interrupt(training, 0.002 + 0.01 * moments.random())
-        training.check()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", TRAININGS.values(), ids=TRAININGS.keys())
-def test_ctrl_c_at_many_moments_loses_no_step(make):
-    training, moments = make(), random.Random(1)
-    for _ in range(250):
+def test_ctrl_c_loses_no_step(make, times):
+    training, moments = make(), random.Random(times)
+    for _ in range(times):
         interrupt(training, 0.002 + 0.01 * moments.random())
         training.check()
 

@@ -17,7 +17,7 @@ from .archive import Tensor, write_archive
 from .differences import check_rename, Differences, offer_rename
 from .files import check_path, replace_file
 from .leaves import cast_array, describe, Entry, fetch, find_obstacle, is_saved, restore
-from .sources import make_error, open_source, quote, Shards, Source, VERSION
+from .sources import escape, make_error, open_source, Shards, Source, VERSION
 
 
 _T = TypeVar("_T")
@@ -81,9 +81,9 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
                 f"`{name}`. Such a tree is for `load(like=...)`."
             )
     entries = {name: describe(leaf) for name, (_, leaf) in items.items()}
-    leaves = {quote(name): leaf for name, (_, leaf) in items.items()}
+    leaves = {escape(name): leaf for name, (_, leaf) in items.items()}
     tensors = {
-        quote(name): Tensor.of(entry.dtype, entry.shape) for name, entry in entries.items()
+        escape(name): Tensor.of(entry.dtype, entry.shape) for name, entry in entries.items()
     }
     metadata = {"format": f"vgrad_eqx {VERSION}", "entries": json.dumps(entries)}
     with replace_file(target) as file:

@@ -30,7 +30,7 @@ from .leaves import Entry
 VERSION = 2
 
 
-def quote(name: str) -> str:
+def escape(name: str) -> str:
     """The name of an array in a file, of which JSON and the format take all but a few."""
     is_plain = name != "__metadata__" and not name.startswith('"')
     return name if is_plain and not re.search("[\ud800-\udfff]", name) else json.dumps(name)
@@ -80,7 +80,7 @@ class Source:
         tensors = {}
         for name, value in parse_dict(self._metadata.get("entries", "")).items():
             entry = _parse_entry(value)
-            tensor = self._tensors.pop(name if self._version == 1 else quote(name), None)
+            tensor = self._tensors.pop(name if self._version == 1 else escape(name), None)
             if tensor is None or tensor[:2] != Tensor.of(entry.dtype, entry.shape)[:2]:
                 raise ValueError("An entry must be as its tensor.")
             self.entries[name], tensors[name] = entry, tensor

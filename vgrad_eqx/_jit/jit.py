@@ -102,7 +102,8 @@ def _compile(func: Any, donate: Donate) -> Any:
     # A function, because Python calls one faster than an object, and a module slower yet.
     def call(first=MISSING, /, *rest, **kwargs):
         program = programs.latest
-        inputs = None if first is MISSING else program.read(first, rest, kwargs)
+        is_bound = first is not MISSING or not kwargs
+        inputs = program.read(first, rest, kwargs) if is_bound else None
         if inputs is None:
             program, inputs = programs.find(func, first, rest, kwargs)
         if own:
