@@ -16,7 +16,7 @@ import numpy as np
 
 from .._gradients.engine import GradientTransform
 from .._tree.cache import Cache
-from .._tree.flat import is_scalar, Rest, split_arrays
+from .._tree.flat import is_any_traced, is_scalar, Rest, split_arrays
 from .._tree.missing import MISSING
 from .._tree.numpy_leaves import is_numpy, remember_types
 from .._tree.state import is_reference
@@ -245,18 +245,22 @@ class _Program:
             self._types_matter |= answer[0]
             return _Result(make_builder(out, _is_array), split_arrays(out, _is_array).diff)
 
+        # Under `vmap` and `grad`, which cannot use a donated array again, none is donated.
+        donated = () if is_any_traced([*split.diff, *other_split.diff]) else _DONATED[donate]
+
         def check(arrays: Sequence[Any], others: Sequence[Any]) -> bool:
+            leaves = [*arrays, *others]
+            if _DONATED[donate] and is_any_traced(leaves) == bool(donated):
+                return False
             return all(
                 _is_array(leaf)
                 and not (self._types_matter and is_numpy(type(leaf)) != is_numpy(known))
                 or (number and is_scalar(leaf))
-                for leaf, known, number in zip(
-                    [*arrays, *others], array_types, scalars, strict=True
-                )
+                for leaf, known, number in zip(leaves, array_types, scalars, strict=True)
             )
 
         run.__name__ = name
-        self._jitted = jax.jit(run, inline=True, donate_argnums=_DONATED[donate])
+        self._jitted = jax.jit(run, inline=True, donate_argnums=donated)
         self.compiled: Callable[..., _Result] = self._jitted
         others = {"rest": trees[1][0], "kwargs": kwargs}
         self.read = make_reader(args[0], others, _is_array, check)

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 import optax
 
 from .._select.selectors import as_selector, select, Selection
-from .._tree.flat import FlatTree
+from .._tree.flat import cast, FlatTree
 from .._tree.text import show
 
 
@@ -124,13 +124,13 @@ def make_partition(
 def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     """A transformation that takes any extra arguments, and ignores those it has no use for."""
     tx = optax.with_extra_args_support(tx)
-    parameters = inspect.signature(tx.update).parameters
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return tx
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        known = {name: value for name, value in extra_args.items() if name in parameters}
-        return tx.update(updates, state, params, **known)
+        if extra_args:
+            parameters = inspect.signature(tx.update).parameters
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                extra_args = {k: v for k, v in extra_args.items() if k in parameters}
+        return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
@@ -290,15 +290,15 @@ def keep_dtypes(old: Any, new: Any) -> Any:
     """
     if jtu.tree_structure(old) != jtu.tree_structure(new):
         return new
-    return jtu.tree_map(lambda x, like: _cast(x, jnp.result_type(like)), new, old)
+
+    def keep(x: Any, like: Any) -> Any:
+        is_alike = jax.typeof(x) == jax.typeof(like)  # quicker than to ask for dtypes
+        return x if is_alike else cast(x, jnp.result_type(like))
+
+    return jtu.tree_map(keep, new, old)
 
 
 def strengthen(opt_state: Any) -> Any:
     """A first state, as arrays of dtypes that promotion keeps."""
     is_array = eqx.is_array_like
-    return jtu.tree_map(lambda x: _cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)
-
-
-def _cast(leaf: Any, dtype: Any) -> Any:
-    is_kept = eqx.is_array(leaf) and leaf.dtype == dtype and not jax.typeof(leaf).weak_type
-    return leaf if is_kept else jnp.asarray(leaf, dtype)
+    return jtu.tree_map(lambda x: cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)

@@ -15,7 +15,7 @@ from .._tree.sharding import spread
 from .._tree.state import State, write
 from .._tree.text import show
 from .._tree.units import split_unit
-from .optimizer import check_structure, Optimizer
+from .optimizer import advance, check_structure, Optimizer
 
 
 class StateOptimizer(eqx.Module):
@@ -124,7 +124,7 @@ class StateOptimizer(eqx.Module):
             for name, each in extra_args.items()
         }
         old = self.memory.value
-        params, optimizer = old.advance(params, grads, extra_args, caller)
+        params, optimizer = advance(old, params, grads, extra_args, caller)
         check_structure(old, optimizer, "StateOptimizer", "Use `vg.Optimizer` for it.")
         self.memory.value = optimizer
         for ref, name in zip(values.refs.values(), values.names, strict=True):

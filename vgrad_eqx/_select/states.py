@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree.flat import FlatTree, widen
+from .._tree.flat import cast, FlatTree, widen
 from .._tree.state import find_states
 from .._tree.text import near_misses, quote, show
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
@@ -197,10 +197,10 @@ def add(leaf: Any, update: Any, where: str) -> Any:
         )
     new = _convert(new, new_unit, unit, where)
     # Both in one dtype, because JAX promotes no float8, and nothing at all if it is strict.
-    dtype, old_dtype = widen(dtype), jnp.result_type(old)
-    dtype = np.promote_types(dtype, widen(old_dtype))
-    total = jnp.asarray(old, dtype) + jnp.asarray(new, dtype)
-    return attach_unit(total.astype(old_dtype), unit)
+    old_dtype = jnp.result_type(old)
+    dtype = np.promote_types(widen(dtype), widen(old_dtype))
+    total = cast(old, dtype) + cast(new, dtype)
+    return attach_unit(cast(total, old_dtype), unit)
 
 
 def _convert(number: Any, unit: Any, to: Any, where: str) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import equinox as eqx
-import jax.core
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -168,6 +168,12 @@ def is_scalar(leaf: Any) -> bool:
 def widen(dtype: Any) -> Any:
     """The dtype to add and average in, which is float32 for smaller ones."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
+
+
+def cast(leaf: Any, dtype: Any) -> Any:
+    """A number as a JAX array of this dtype, also where it is only weakly of it."""
+    is_kept = eqx.is_array(leaf) and leaf.dtype == dtype and not jax.typeof(leaf).weak_type
+    return leaf if is_kept else jnp.asarray(leaf, dtype)
 
 
 name_of = ft.partial(jtu.keystr, simple=True, separator=".")
