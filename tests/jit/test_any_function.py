@@ -152,17 +152,23 @@ def test_a_method_donates_its_module():
     assert float(model.increment[0]) == 3.0
 
 
-def test_a_function_that_is_wrapped_again_is_not_traced_again():
-    counted, data = Counted(lambda x: x + 1), jnp.arange(3.0)
+@pytest.mark.parametrize(
+    "wrap", [lambda func: func, eqx.filter_vmap, eqx.filter_grad, vg.grad, jtu.Partial]
+)
+def test_a_function_that_is_wrapped_again_is_not_traced_again(wrap):
+    counted = Counted(lambda x: x + 1)
 
     def func(x):
         return counted(x)
 
+    x = jnp.array(1.0) if wrap in (eqx.filter_grad, vg.grad) else jnp.ones(3)
     for _ in range(3):
-        vg.jit(func)(data)
+        vg.jit(wrap(func))(x)
     assert counted.calls == 1
-    vg.jit(func, donate="all")(jnp.ones(3))
+    vg.jit(wrap(func), donate="all")(x + 1)
     assert counted.calls == 2
+    vg.jit(wrap(lambda x: func(2 * x)))(x)
+    assert counted.calls == 3
 
 
 def test_a_function_and_what_it_closes_over_are_collected():

@@ -1,6 +1,7 @@
 """Compiled functions, whose calls cost little more in Python than `jax.jit` of flat arrays."""
 
 import contextlib
+import dataclasses
 import functools as ft
 import inspect
 import threading
@@ -186,28 +187,32 @@ class _Programs:
 def _find_programs(func: Any, donate: Donate) -> _Programs:
     """The programs of a function, which are the same if it is passed to `jit` again.
 
-    Those of a Python function live as long as it does. Those of a module serve all that differ
-    from it in their arrays only, if they keep nothing alive that a function closes over.
+    They serve all modules that differ from it in their arrays only. They hold the Python
+    functions in it weakly, and live as long as the first of them.
     """
-    name = getattr(func, "__name__", "run")
     rest = split_arrays(func, _is_array).rest
-    if isinstance(func, types.FunctionType):
-        find_func = weakref.ref(func)
-        of_func = _of_functions.setdefault(func, {})
-        return of_func.setdefault(donate, _Programs(lambda _: find_func(), name, donate))
-    programs = _Programs(rest.combine, name, donate)
-    if jtu.all_leaves([func]) or any(getattr(x, "__closure__", None) for x in rest.constants):
+    places = {i for i, x in enumerate(rest.constants) if isinstance(x, types.FunctionType)}
+    held = [weakref.ref(x) if i in places else x for i, x in enumerate(rest.constants)]
+    weak_rest = dataclasses.replace(rest, constants=held)
+
+    def find_func(arrays: Sequence[Any]) -> Any:
+        constants = [x() if i in places else x for i, x in enumerate(held)]
+        return dataclasses.replace(weak_rest, constants=constants).combine(arrays)
+
+    programs = _Programs(find_func, getattr(func, "__name__", "run"), donate)
+    if jtu.all_leaves([func]) and not places:
         return programs
-    key = (donate, rest.structure, *rest.indices, *[(type(x), x) for x in rest.constants])
-    found = _of_modules.get(key)
+    cache = _of_modules
+    if places:
+        cache = _of_functions.setdefault(rest.constants[min(places)], Cache())
+    key = (donate, rest.structure, *rest.indices, *[(type(x), x) for x in held])
+    found = cache.get(key)
     if found is None:
-        _of_modules.set(key, programs)
+        cache.set(key, programs)
     return programs if found is None else found
 
 
-_of_functions: weakref.WeakKeyDictionary[Any, dict[str, _Programs]] = (
-    weakref.WeakKeyDictionary()
-)
+_of_functions: weakref.WeakKeyDictionary[Any, Cache] = weakref.WeakKeyDictionary()
 _of_modules = Cache()
 
 
