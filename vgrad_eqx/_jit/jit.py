@@ -46,7 +46,7 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
         [`vgrad_eqx.vector_grad`][] and its siblings return.
     - `donate`: which JAX arrays in the arguments are donated, so that their memory is used
         again, as in `equinox.filter_jit`: those of `"all"` arguments, `"all-except-first"`, or
-        `"none"`. JAX warns of donated arrays that it could not use again only under `"warn"`
+        `"none"`. With `"all"`, those of states by reference are, too. JAX warns of donated arrays that it could not use again only under `"warn"`
         and `"warn-except-first"`, which donate the same.
 
     **Returns:**
@@ -56,6 +56,9 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
     too. Arrays in the results are those of JAX. Inside of `jax.jit`, nothing is compiled
     apart. Without `func`, it returns a decorator.
 
+    States by reference that `func` uses are set when the program has ended: all, or none if it
+    fails, unless they are donated. A program that uses any and calls Python back is waited for.
+
     Its `lower(*args, **kwargs)` gives what `jax.jit(...).lower(...)` does, to look at the
     program, or to `compile()` it for arguments like these.
 
@@ -63,7 +66,9 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
 
     - `TypeError`: at once, if `func` is not callable; on calling, for a static value that has
         no hash, since it could change unnoticed.
-    - `ValueError`: at once, for another `donate`.
+    - `ValueError`: at once, for another `donate`; on calling, if a `custom_jvp` or
+        `custom_vjp` function reads or sets a state by reference.
+    - `RuntimeError`: on calling, if a state that `func` sets was set elsewhere meanwhile.
     - `equinox.EquinoxRuntimeError`: on calling, if an `equinox.error_if` in `func` fails.
 
     **Example:**

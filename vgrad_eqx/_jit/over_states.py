@@ -11,7 +11,8 @@ import jax.tree_util as jtu
 from .._references.replay import find_written
 from .._references.trace import is_concrete_ref
 from .._tree.sharding import shard_like
-from .._tree.state import find_arrays, is_evaluating, set_arrays
+from .._tree.state import describe, find_arrays, is_evaluating, set_arrays
+from .._tree.text import shorten
 from .callbacks import wait
 
 
@@ -41,7 +42,17 @@ class StateProgram:
         if not is_evaluating():
             return self._jitted(*inputs)
         values = find_arrays(self._refs)
-        result, finals = self._compiled(values, *inputs)
+        try:
+            result, finals = self._compiled(values, *inputs)
+        except NotImplementedError as error:
+            if "discharge" not in str(error):
+                raise
+            raise ValueError(
+                "`jit(func=...)` must not read or set a state inside of a `custom_jvp` or "
+                f"`custom_vjp` function. JAX cannot compile that ({error}). It uses "
+                f"{shorten(list(map(describe, self._refs)))}. Read the `value` before, and "
+                "pass it as an argument."
+            ) from error
         set_arrays(self._refs, values, finals)
         return result
 

@@ -56,8 +56,9 @@ class State:
     - `TypeError`: if there is no array in `value`.
     - `ValueError`: on setting a value of another structure, shape, dtype or dimension, and
         on setting any under `jax.vmap`. The state keeps its old value then.
-    - `RuntimeError`: on reading, after a compiled function that sets the state has failed at
-        run time. JAX has taken the array of the state then; set its `value` anew.
+    - `RuntimeError`: on reading, after a function under `jax.jit` that uses the state has
+        failed at run time. JAX has taken the array of the state then; set its `value` anew.
+        Under [`vgrad_eqx.jit`][], which donates none, it has its old value instead.
 
     **Example:**
 
@@ -308,7 +309,7 @@ def read(ref: jax.Ref) -> Any:
         raise RuntimeError(
             f"{describe(ref)} has lost its value: JAX had taken its array for a compiled "
             "function, which then failed. Set its `value`, say to that of a checkpoint, and "
-            "call the function again."
+            "call the function again. Under `vg.jit`, states keep their old values."
         ) from error
 
 
