@@ -113,20 +113,23 @@ class GradientTransform(eqx.Module):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         flat_func = FlatFunction(self, self.func, args, kwargs)
-        numbers, output, rows = self._differentiate(flat_func)
+        refs: dict[int, jax.Ref] = {}
+        numbers, output, rows = self._differentiate(flat_func, refs)
         results = [self._arrange(flat_func, output, rows)]
         if self.return_value or self.has_aux:
             value, aux = output.combine(numbers)
             results += [value] * self.return_value + [aux] * bool(self.has_aux)
+        # The last thing that may fail.
+        state.write_all([refs[key] for key in output.finals], output.finals.values())
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _differentiate(self, flat_func: FlatFunction) -> Any:
+    def _differentiate(self, flat_func: FlatFunction, refs: dict[int, jax.Ref]) -> Any:
+        """The result of the rule. The states that `func` touches are put into `refs`."""
         if not state.exists.is_set() and not isinstance(flat_func.states, StateValues):
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
-        refs: dict[int, jax.Ref] = {}
         over_values = ft.partial(_call_over_values, flat_func, refs)
         try:
-            numbers, output, rows = self._apply_rule(over_values, flat_func.diff, flat_func)
+            return self._apply_rule(over_values, flat_func.diff, flat_func)
         except Exception as error:
             # JAX has no public type for this error.
             if type(error).__name__ not in ("CustomJVPException", "CustomVJPException"):
@@ -137,9 +140,6 @@ class GradientTransform(eqx.Module):
                 f"Read the `value` before, and pass it as an argument. `func` reads "
                 f"{shorten(list(map(state.describe, refs.values())))}."
             ) from error
-        for key, value in output.finals.items():
-            state.write(refs[key], value, state.describe(refs[key]))
-        return numbers, output, rows
 
     def _apply_rule(self, func: Any, diff: Sequence[Any], flat_func: FlatFunction) -> Any:
         numbers, output, rows = self.operator.rule(func, diff, flat_func)

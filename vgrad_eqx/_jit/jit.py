@@ -8,7 +8,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,14 +16,16 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._gradients.engine import GradientTransform
+from .._references.trace import is_concrete_ref
 from .._tree.cache import Cache
 from .._tree.flat import is_any_traced, is_scalar, Rest, split_arrays
 from .._tree.missing import MISSING
 from .._tree.numpy_leaves import is_numpy, remember_types
-from .._tree.state import is_reference
+from .._tree.state import is_evaluating, is_reference
 from .._tree.text import show
-from .callbacks import explain, has_callback, wait
+from .callbacks import ANY_CALLBACK, has_callback, raise_clear, wait
 from .generated import Arrays, make_builder, make_reader
+from .over_states import NotTraced, StateProgram
 
 
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
@@ -45,7 +47,7 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
         [`vgrad_eqx.vector_grad`][] and its siblings return.
     - `donate`: which JAX arrays in the arguments are donated, so that their memory is used
         again, as in `equinox.filter_jit`: those of `"all"` arguments, `"all-except-first"`, or
-        `"none"`. JAX warns of donated arrays that it could not use again only under `"warn"`
+        `"none"`. With `"all"`, those of states by reference are, too. JAX warns of donated arrays that it could not use again only under `"warn"`
         and `"warn-except-first"`, which donate the same.
 
     **Returns:**
@@ -55,6 +57,9 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
     too. Arrays in the results are those of JAX. Inside of `jax.jit`, nothing is compiled
     apart. Without `func`, it returns a decorator.
 
+    States by reference that `func` uses are set when the program has ended: all, or none if it
+    fails, unless they are donated. A program that uses any and calls Python back is waited for.
+
     Its `lower(*args, **kwargs)` gives what `jax.jit(...).lower(...)` does, to look at the
     program, or to `compile()` it for arguments like these.
 
@@ -62,7 +67,9 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
 
     - `TypeError`: at once, if `func` is not callable; on calling, for a static value that has
         no hash, since it could change unnoticed.
-    - `ValueError`: at once, for another `donate`.
+    - `ValueError`: at once, for another `donate`; on calling, if a `custom_jvp` or
+        `custom_vjp` function reads or sets a state by reference.
+    - `RuntimeError`: on calling, if a state that `func` sets was set elsewhere meanwhile.
     - `equinox.EquinoxRuntimeError`: on calling, if an `equinox.error_if` in `func` fails.
 
     **Example:**
@@ -111,12 +118,12 @@ def _compile(func: Any, donate: Donate) -> Any:
             inputs[1].extend(own)
         try:
             result = program.compiled(*inputs)
-            if program.is_traced:
-                result = program.finish(inputs, result)
+        except NotTraced:
+            result = None
         except BaseException as error:
-            program.fail(error)
+            raise_clear(error)
             raise
-        return result()
+        return (program.start(inputs) if result is None else result)()
 
     def read(first=MISSING, /, *rest, **kwargs):
         program, (arrays, others) = programs.find(func, first, rest, kwargs)
@@ -240,7 +247,8 @@ class _Program:
         ]
 
         def run(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
-            self._begin()
+            if self not in _tracing.programs and not is_evaluating():
+                raise NotTraced
             first = first_rest.combine(arrays)
             rest, kwargs = other_rest.combine(others[:num_others])
             func = find_func(others[num_others:])
@@ -269,41 +277,57 @@ class _Program:
         self.compiled: Callable[..., _Result] = self._jitted
         others = {"rest": trees[1][0], "kwargs": kwargs}
         self.read = make_reader(args[0], others, _is_array, check)
-        self.is_traced = False  # by this call
         self._types_matter = False
-        self._is_quiet = donate.startswith("all")
-        self._filters = contextlib.ExitStack()
+        self._donate = donate
+        self._refs: dict[int, jax.Ref] = {}
+        self._waits = False
 
-    def _begin(self) -> None:
-        """Looks after what JAX does between tracing and the end of a call."""
-        self.is_traced = True
-        if self._is_quiet:
-            self._filters.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-
-    def _end(self) -> None:
-        self.is_traced = False
-        self._filters.close()
+    def start(self, inputs: Arrays) -> "_Result":
+        """Calls the function with arrays of shapes that it was not traced for."""
+        try:
+            with self._allow_tracing():
+                self._learn(inputs)
+                return self.compiled(*inputs)
+        except BaseException as error:
+            raise_clear(error)
+            raise
 
     def lower(self, inputs: Arrays) -> Any:
-        try:
+        with self._allow_tracing():
+            self._learn(inputs)
             return self._jitted.lower(*inputs)
-        finally:
-            self._end()
 
-    def finish(self, inputs: Arrays, result: Any) -> Any:
-        """Ends a call that was traced, and finds out whether to wait for its errors."""
-        self._end()
-        if has_callback(self._jitted.trace(*inputs).jaxpr.jaxpr):
+    def _learn(self, inputs: Arrays) -> None:
+        """Traces the function, and finds out how to call it: what it does at run time."""
+        jaxpr = self._jitted.trace(*inputs).jaxpr
+        self._refs |= {id(ref): ref for ref in filter(is_concrete_ref, jaxpr.consts)}
+        if self._refs:
+            self._waits |= has_callback(jaxpr.jaxpr, ANY_CALLBACK)
+            refs, is_donated = list(self._refs.values()), self._donate in ("all", "warn")
+            self.compiled = StateProgram(self._jitted, refs, is_donated, self._waits)
+        elif has_callback(jaxpr.jaxpr):
             self.compiled = ft.partial(wait, self._jitted)
-            wait(lambda: result)
-        return result
 
-    def fail(self, error: BaseException) -> None:
-        self._end()
-        clear = explain(error)
-        if clear is not error:
-            raise clear from None
+    @contextlib.contextmanager
+    def _allow_tracing(self) -> Iterator[None]:
+        _tracing.programs.append(self)
+        try:
+            with warnings.catch_warnings():
+                if self._donate.startswith("all"):
+                    warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+                yield
+        finally:
+            _tracing.programs.pop()
+
+
+class _Tracing(threading.local):
+    """The programs that this thread may trace. The outer ones are traced already."""
+
+    def __init__(self):
+        self.programs: list[_Program] = []
+
+
+_tracing = _Tracing()
 
 
 class _Result(ft.partial):

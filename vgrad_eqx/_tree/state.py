@@ -1,9 +1,12 @@
 """States: named references to values."""
 
+import collections
+import itertools
+import operator
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +15,7 @@ import jax.core
 import jax.numpy as jnp
 import jax.ref
 import numpy as np
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, take_current_trace
 from jax.interpreters import ad, batching, mlir
 
 from .cache import is_equal
@@ -53,8 +56,9 @@ class State:
     - `TypeError`: if there is no array in `value`.
     - `ValueError`: on setting a value of another structure, shape, dtype or dimension, and
         on setting any under `jax.vmap`. The state keeps its old value then.
-    - `RuntimeError`: on reading, after a compiled function that sets the state has failed at
-        run time. JAX has taken the array of the state then; set its `value` anew.
+    - `RuntimeError`: on reading, after a function under `jax.jit` that uses the state has
+        failed at run time. JAX has taken the array of the state then; set its `value` anew.
+        Under [`vgrad_eqx.jit`][], which donates none, it has its old value instead.
 
     **Example:**
 
@@ -107,15 +111,9 @@ class State:
                 f"the dimensions of units, {self._describe()}. Got "
                 f"{show(value)}. Make another state for it."
             )
-        written = []
-        try:
-            for ref, array in zip(self.refs, arrays, strict=True):
-                array = array if eqx.is_array(array) else jnp.asarray(array, ref.dtype)
-                written.append((ref, write(ref, array, self)))
-        except ValueError:
-            for ref, old in written:
-                write(ref, old, self)
-            raise
+        pairs = zip(self.refs, arrays, strict=True)
+        arrays = [x if eqx.is_array(x) else jnp.asarray(x, ref.dtype) for ref, x in pairs]
+        write_all(self.refs, arrays, self)
 
     def _find_arrays(self, value: Any) -> Sequence[Any] | None:
         """The arrays in a value for this state, or `None` if the value does not fit."""
@@ -215,6 +213,17 @@ class _Active(threading.local):
 active = _Active()
 
 
+# What evaluates operations at once.
+with jax.ensure_compile_time_eval(), take_current_trace() as _evaluation:
+    pass
+
+
+def is_evaluating() -> bool:
+    """Whether operations are evaluated now, on the values that states have."""
+    with take_current_trace() as trace:
+        return trace is _evaluation and not active.overlays
+
+
 class _StandInTrace(jax.core.Trace):
     def __init__(self, state: State):
         super().__init__()
@@ -300,11 +309,11 @@ def read(ref: jax.Ref) -> Any:
         raise RuntimeError(
             f"{describe(ref)} has lost its value: JAX had taken its array for a compiled "
             "function, which then failed. Set its `value`, say to that of a checkpoint, and "
-            "call the function again."
+            "call the function again. Under `vg.jit`, states keep their old values."
         ) from error
 
 
-def write(ref: jax.Ref, value: Any, name: Any) -> Any:
+def write(ref: jax.Ref, value: Any, name: Any = None) -> Any:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
     overlay = active.overlays[-1] if active.overlays and not is_traced(ref) else None
     if overlay is not None and overlay.is_current():
@@ -316,6 +325,7 @@ def write(ref: jax.Ref, value: Any, name: Any) -> Any:
         except Exception as error:
             if type(error) is not Exception:  # JAX has no type for these two errors
                 raise
+            name = describe(ref) if name is None else name
             if "vmapped" in str(error):
                 raise ValueError(
                     f"{name} cannot be set inside of `jax.vmap`, where each element would "
@@ -330,6 +340,18 @@ def write(ref: jax.Ref, value: Any, name: Any) -> Any:
             ) from error
 
 
+def write_all(refs: Iterable[jax.Ref], values: Iterable[Any], name: Any = None) -> None:
+    """Sets all references, or none."""
+    written = []
+    try:
+        for ref, value in zip(refs, values, strict=True):
+            written.append((ref, write(ref, value, name)))
+    except BaseException:
+        for ref, old in written:
+            write(ref, old, name)
+        raise
+
+
 def _swap(ref: jax.Ref, value: Any) -> Any:
     try:
         return jax.ref.swap(ref, ..., value)
@@ -339,6 +361,31 @@ def _swap(ref: jax.Ref, value: Any) -> Any:
     # JAX keeps the array of a reference in a place that is not public, and reads it to swap.
     ref._refs._buf = jax.new_ref(value)._refs._buf  # noqa: SLF001
     return value
+
+
+def find_arrays(refs: Sequence[jax.Ref]) -> list[Any]:
+    """The arrays in references, not copied (which takes 0.2 ms), so they are not for users."""
+    arrays = [ref._refs._buf for ref in refs]  # noqa: SLF001
+    if any(map(operator.methodcaller("is_deleted"), arrays)):
+        for ref in refs:
+            read(ref)  # which says what has happened
+    return arrays
+
+
+def set_arrays(refs: Sequence[jax.Ref], old: Sequence[Any], new: Mapping[int, Any]) -> None:
+    """Sets references, by their index, to arrays that nobody else holds.
+
+    All or none, whenever an interrupt comes. Raises if one is not what it was before.
+    """
+    homes = [refs[i]._refs for i in new]  # noqa: SLF001
+    with lock:
+        for i, home in zip(new, homes, strict=True):
+            if home._buf is not old[i]:  # noqa: SLF001
+                raise RuntimeError(
+                    f"{describe(refs[i])} was set elsewhere while a function under `vg.jit` "
+                    "ran that sets it, and has kept that value. Let one run after the other."
+                )
+        collections.deque(map(setattr, homes, itertools.repeat("_buf"), new.values()), 0)
 
 
 def find_states(leaves: Sequence[Any]) -> list[int]:
