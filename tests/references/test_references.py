@@ -632,13 +632,14 @@ def test_a_write_under_vmap_says_what_to_do():
         assert tree_allclose(h.value, jnp.zeros(3))
 
 
-def test_threads_share_a_state():
+@pytest.mark.parametrize("times", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_threads_share_a_state(times):
     w, h = vg.State(jnp.array([1.0, 2.0, 3.0])), vg.State(jnp.zeros(3))
     gradient = vector_grad(lambda x: (h.value + x * w.value) ** 2, [w])
     results: dict[int, list] = {1: [], 2: []}
 
     def work(scale):
-        for _ in range(1000):
+        for _ in range(times):
             results[scale].append(gradient(scale * X)[0])
             w.value = w.value
 
@@ -648,7 +649,7 @@ def test_threads_share_a_state():
     for thread in threads:
         thread.join()
     for scale, grads in results.items():
-        expected = np.tile(2 * (scale * X) ** 2 * w.value, (1000, 1))
+        expected = np.tile(2 * (scale * X) ** 2 * w.value, (times, 1))
         np.testing.assert_allclose(np.stack(grads), expected, rtol=1e-5)
 
 
