@@ -1,6 +1,5 @@
 """Programs over states are equal to the same programs, written without them."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.ref
@@ -9,7 +8,7 @@ import vgrad_eqx as vg
 from jax import lax
 from vgrad_eqx import vector_grad
 
-from ..helpers import tree_allclose
+from ..helpers import tree_allclose, WAYS
 
 
 X = jnp.array([0.5, -1.0, 2.0])
@@ -290,7 +289,6 @@ FUNCTIONAL = {
     "through_custom_vjp": custom_vjp_by_hand,
     "through_unused_results": unused_results_by_hand,
 }
-WAYS = {"eager": lambda func: func, "jit": jax.jit, "filter_jit": eqx.filter_jit}
 
 
 @pytest.mark.parametrize("wrap", WAYS.values(), ids=WAYS.keys())

@@ -13,8 +13,7 @@ import vgrad_eqx as vg
 from jax import lax
 from vgrad_eqx import vector_grad
 
-
-WAYS = {"eager": lambda func: func, "jit": jax.jit, "filter_jit": eqx.filter_jit}
+from ..helpers import WAYS
 
 
 class Rnn(eqx.Module):
