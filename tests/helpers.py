@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import equinox as eqx
+import hypothesis
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -23,6 +24,13 @@ def apply(model, x):
 
 
 WAYS = {"eager": lambda func: func, "jit": jax.jit, "filter_jit": eqx.filter_jit}
+
+
+def draw(num_examples):
+    """Draws so many examples of each ten, of those which take long to compile."""
+    return hypothesis.settings(
+        max_examples=num_examples * hypothesis.settings.default.max_examples // 10
+    )
 
 
 class Counted:
