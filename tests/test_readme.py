@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 README, PAGES = ROOT / "README.md", ROOT / "docs" / "pages"
 DOCUMENTS = [README, *sorted(PAGES.rglob("*.md"))]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.py"))
+# A file in the place of a block, as the extension `pymdownx.snippets` includes it.
+INCLUDE = r"^--8<--\n(.*)\n--8<--\n"
 # Blocks with many programs to compile.
 SLOW = {"training-2", "all-of-vgrad-eqx-5"}
 
@@ -26,7 +28,7 @@ def include(match):
 
 def blocks(document, language):
     found = re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.M | re.S)
-    return [re.sub(r'^--8<-- "(.*)"\n', include, block, flags=re.M) for block in found]
+    return [re.sub(INCLUDE, include, block, flags=re.M) for block in found]
 
 
 def find_blocks():
