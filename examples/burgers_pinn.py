@@ -82,20 +82,21 @@ def plot(t, x, ours, exact, losses, out):
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     extent = (0, 1, -1, 1)
     options = {"aspect": "auto", "origin": "lower", "extent": extent}
-    for axis, field, title, colormap in (
-        (axes[0, 0], ours, "u(t, x) by the network", "RdBu"),
-        (axes[0, 1], ours - exact, "its error", "PuOr"),
+    for axis, field, title, label, colormap in (
+        (axes[0, 0], ours, "solution by the network", "u", "RdBu"),
+        (axes[0, 1], ours - exact, "network - exact solution", "error of u", "PuOr"),
     ):
-        image = axis.imshow(field.T, cmap=colormap, **options)
-        figure.colorbar(image, ax=axis)
-        axis.set(title=title, xlabel="t", ylabel="x")
+        largest = np.max(np.abs(field))
+        image = axis.imshow(field.T, cmap=colormap, vmin=-largest, vmax=largest, **options)
+        figure.colorbar(image, ax=axis, label=label)
+        axis.set(title=title, xlabel="time t", ylabel="position x")
     for i in (0, len(t) // 4, len(t) // 2, len(t) - 1):
         (line,) = axes[1, 0].plot(x[0], ours[i], label=f"t = {t[i, 0]:.2f}")
         axes[1, 0].plot(x[0], exact[i], color=line.get_color(), ls=":", lw=3)
-    axes[1, 0].set(title="network (lines) and Cole-Hopf (dots)", xlabel="x", ylabel="u")
+    axes[1, 0].set(title="network (lines), exact (dots)", xlabel="position x", ylabel="u")
     axes[1, 0].legend()
     axes[1, 1].semilogy(losses, lw=0.5)
-    axes[1, 1].set(title="mean square residual", xlabel="step")
+    axes[1, 1].set(xlabel="step", ylabel="mean square of the residual")
     figure.savefig(out, dpi=120)
 
 

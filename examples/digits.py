@@ -115,17 +115,17 @@ def train(model, data, steps, seed):
 def plot(history, frozen_at, out):
     _, axes = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
     axes[0].semilogy(history["loss"], lw=0.8)
-    axes[0].set_ylabel("mean loss of a batch")
+    axes[0].set_ylabel("cross-entropy of a batch")
     axes[1].plot(*zip(*history["accuracy"], strict=True))
-    axes[1].axhline(LOWEST_ACCURACY, color="gray", ls=":", label="must be reached")
-    axes[1].set_ylabel("test accuracy")
+    axes[1].axhline(LOWEST_ACCURACY, color="gray", ls=":", label="required accuracy")
+    axes[1].set_ylabel("accuracy on the test set")
     for path, norms in history["norms"].items():
         axes[2].semilogy(list(norms), list(norms.values()), lw=0.8, label=path)
-    axes[2].set_ylabel("norm of the gradient")
+    axes[2].set_ylabel("Euclidean norm of the gradient")
     axes[2].set_xlabel("step")
     for axis in axes:
         axis.axvline(frozen_at, color="black", lw=0.8, ls="--")
-    axes[0].set_title("Digits: the first layer is frozen at the dashed line")
+    axes[0].set_title("Digits: the first layer is frozen from the dashed line on")
     axes[1].legend(loc="lower right")
     axes[2].legend(ncols=2, fontsize="small", loc="upper right")
     plt.savefig(out, dpi=120)

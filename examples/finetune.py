@@ -7,8 +7,7 @@ training is saved, and a new process resumes it: it must end with the same numbe
 """
 
 import argparse
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 from pathlib import Path
 
@@ -138,8 +137,9 @@ def fit(trainer, steps, checkpoint):
     return trainer.train(step, state, stop, "head and body").model
 
 
-def resume(trainer, steps, checkpoint):
+def resume(seed, steps, checkpoint):
     """The end of the last phase, in a process that has nothing but the checkpoint."""
+    trainer = Trainer(load_data(seed), seed)
     step = make_last_step()
     like = step.init(make_model(10, jr.key(0)), key=jr.key(0))
     state = vg.load(checkpoint, like)
@@ -148,21 +148,14 @@ def resume(trainer, steps, checkpoint):
     vg.save(checkpoint, model)
 
 
-def resume_in_new_process(args, checkpoint):
-    options = ["--steps", str(args.steps), "--seed", str(args.seed)]
-    command = [sys.executable, __file__, *options, "--resume", str(checkpoint)]
-    subprocess.run(command, check=True)
-    return vg.load(checkpoint, make_model(10, jr.key(0)))
-
-
 def plot(trainer, out):
     figure, axes = plt.subplots(3, 1, figsize=(9, 10), sharex=True, layout="constrained")
     axes[0].semilogy(np.array(trainer.losses), lw=0.8)
-    axes[0].set_ylabel("mean loss of a batch")
+    axes[0].set_ylabel("cross-entropy of a batch")
     axes[0].set_title("A classifier of eight digits learns ten")
     axes[1].plot(*zip(*trainer.accuracies, strict=True))
-    axes[1].axhline(LOWEST_ACCURACY, color="gray", ls=":", label="must be reached")
-    axes[1].set_ylabel("test accuracy, ten digits")
+    axes[1].axhline(LOWEST_ACCURACY, color="gray", ls=":", label="required accuracy")
+    axes[1].set_ylabel("accuracy on all ten digits")
     axes[1].legend(loc="center right")
     vg.plot_grad_norms(trainer.norms, ax=axes[2])
     for phase, start in trainer.starts.items():
@@ -177,16 +170,14 @@ def main():
     parser.add_argument("--steps", type=int, default=240, help="number of steps of a phase")
     parser.add_argument("--seed", type=int, default=0, help="seed of model, split, batches")
     parser.add_argument("--out", type=Path, default=Path("finetune.png"), help="the plot")
-    parser.add_argument("--resume", type=Path, help="only resume from this checkpoint")
     args = parser.parse_args()
     trainer = Trainer(load_data(args.seed), args.seed)
-    if args.resume:
-        resume(trainer, args.steps, args.resume)
-        return
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         model = fit(trainer, args.steps, checkpoint)
-        resumed = resume_in_new_process(args, checkpoint)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            pool.apply(resume, (args.seed, args.steps, checkpoint))
+        resumed = vg.load(checkpoint, make_model(10, jr.key(0)))
     plot(trainer, args.out)
     same = bool(eqx.tree_equal(model, resumed))
     reached = trainer.accuracy(model)

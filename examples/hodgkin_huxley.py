@@ -135,7 +135,7 @@ def find_spikes(times, voltage):
     return times[before] + share * (times[before + 1] - times[before])
 
 
-def plot(out, times, voltage, reference):
+def plot(out, times, voltage, reference, shift):
     figure, (top, bottom) = plt.subplots(
         2, figsize=(8, 6), sharex=True, height_ratios=[3, 1], constrained_layout=True
     )
@@ -147,6 +147,8 @@ def plot(out, times, voltage, reference):
     top.legend(loc="upper right", ncols=2)
     bottom.plot(times, voltage - reference, lw=0.8)
     bottom.set(xlabel="time (ms)", ylabel="difference (mV)")
+    title = f"grows: each action potential is shifted in time, the last by {shift:.3f} ms"
+    bottom.set_title(f"The difference {title}", fontsize="medium")
     figure.savefig(out)
     plt.close(figure)
 
@@ -160,8 +162,6 @@ def main():
 
     times, voltage = simulate(args.duration * u.ms, args.step * u.ms)
     reference = solve_without_units(times)
-    plot(args.out, times, voltage, reference)
-
     spikes, expected = find_spikes(times, voltage), find_spikes(times, reference)
     print(f"action potentials at {np.array2string(spikes, precision=2)} ms, plot: {args.out}")
     if len(spikes) != len(expected):
@@ -170,6 +170,7 @@ def main():
         )
     shift = np.abs(spikes - expected).max() * u.ms
     deviation = np.sqrt(np.mean((voltage - reference) ** 2)) * u.mvolt
+    plot(args.out, times, voltage, reference, float(shift / u.ms))
     print(f"largest shift of one: {shift:.4f}, root mean square difference: {deviation:.4f}")
     if shift > LARGEST_SHIFT or deviation > LARGEST_DEVIATION:
         raise SystemExit(f"That is more than {LARGEST_SHIFT} or {LARGEST_DEVIATION}.")

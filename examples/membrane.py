@@ -91,15 +91,16 @@ def plot(out, params, recorded, errors):
     times = np.asarray(TIMES / u.ms)
     fitted = np.asarray(simulate(params) / u.mvolt)
     for i, trace in enumerate(np.asarray(recorded / u.mvolt).T):
-        top.plot(
-            times, trace, color=f"C{i}", alpha=0.4, lw=0.8, label="recorded" if i == 0 else None
-        )
-        top.plot(times, fitted[:, i], color=f"C{i}", label="fitted" if i == 0 else None)
-    top.set(xlabel="time (ms)", ylabel="membrane potential (mV)", title="Steps of current")
-    top.legend()
+        top.plot(times, trace, color=f"C{i}", alpha=0.4, lw=0.8)
+        top.plot(times, fitted[:, i], color=f"C{i}", label=f"{AMPLITUDES[i]}")
+    title = "Recordings (thin) and fit (thick), with a step of current from 20 to 100 ms"
+    top.set(xlabel="time (ms)", ylabel="membrane potential (mV)", title=title)
+    top.legend(title="current")
     bottom.semilogy(errors)
-    bottom.axhline(float(NOISE / u.mvolt), color="gray", ls=":", label="noise")
-    bottom.set(xlabel="step of the fit", ylabel="root of mean squared error (mV)")
+    bottom.axhline(
+        float(NOISE / u.mvolt), color="gray", ls=":", label="standard deviation of the noise"
+    )
+    bottom.set(xlabel="step of the fit", ylabel="root mean square error (mV)")
     bottom.legend()
     figure.savefig(out)
     plt.close(figure)

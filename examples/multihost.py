@@ -205,8 +205,8 @@ def plot(histories, difference, out):
     for (name, history), style in zip(histories.items(), ["-", "--"], strict=True):
         plt.semilogy(*zip(*history, strict=True), style, label=name)
     plt.xlabel("step")
-    plt.ylabel("mean loss of a batch")
-    plt.title(f"Digits: the parameters differ by {difference:.1e} at most")
+    plt.ylabel("cross-entropy of a batch")
+    plt.title(f"Digits: at the end, the parameters differ by at most {difference:.1e}")
     plt.legend()
     plt.savefig(out, dpi=120)
 

@@ -2,8 +2,8 @@
 
 The recording comes with matplotlib, as `membrane.dat`: the membrane potential of a neuron that
 fires under a constant current. The network sees the potential as it comes in, and says by how
-much it will have changed five samples later. It is trained on one window after the other, and
-starts each with what it remembers of the one before, because its memory is a state.
+much it will have changed five milliseconds later. It is trained on one window after the
+other, and starts each with what it remembers of the one before: its memory is a state.
 """
 
 import argparse
@@ -25,16 +25,16 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 
-HORIZON = 5  # samples
+HORIZON = 5  # ms, which are samples, too
 WINDOW = 100
 HIGHEST_ERROR = 0.5  # relative to the forecast that nothing changes
 
 
-def load_series():
-    """The potential while the current is constant, every second sample, scaled."""
+def load_potential():
+    """The potential in mV at each ms, while the current is constant."""
     with matplotlib.cbook.get_sample_data("membrane.dat") as file:
-        series = np.frombuffer(file.read(), np.float32)[1000:7000:2]
-    return (series - series.mean()) / series.std()
+        samples = np.frombuffer(file.read(), np.float32)  # one each 0.5 ms, of 100 mV
+    return 100 * samples[1000:7000:2]
 
 
 class Forecaster(eqx.Module):
@@ -95,18 +95,19 @@ def train(net, series, num_epochs):
     return np.array(means).mean(axis=1)
 
 
-def plot(out, means, series, foreseen, start):
+def plot(out, errors, potential, foreseen, start):
+    """All in ms and mV."""
     figure, (top, bottom) = plt.subplots(2, figsize=(8, 6), constrained_layout=True)
-    top.semilogy(means)
-    top.set(xlabel="epoch", ylabel="mean squared error", title="Training")
-    times = np.arange(len(series))
-    bottom.plot(times, series, label="recorded")
+    top.semilogy(errors)
+    top.set(xlabel="epoch", ylabel="root mean square error (mV)", title="Training")
+    times = np.arange(len(potential))
+    bottom.plot(times, potential, label="recorded")
     bottom.plot(times[HORIZON:], foreseen[:-HORIZON], label="foreseen", linewidth=1)
     bottom.set(
         xlim=(start, start + 300),
-        xlabel="sample",
-        ylabel="membrane potential (scaled)",
-        title=f"Not seen in training: the forecast, made {HORIZON} samples before",
+        xlabel="time (ms)",
+        ylabel="membrane potential (mV)",
+        title=f"Not seen in training: the forecast, made {HORIZON} ms before",
     )
     bottom.legend(loc="lower right")
     figure.savefig(out)
@@ -120,7 +121,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("rnn_state.png"), help="the plot")
     args = parser.parse_args()
 
-    series = load_series()
+    potential = load_potential()
+    mean, deviation = potential.mean(), potential.std()
+    series = (potential - mean) / deviation
     split = len(series) * 3 // 5
     net = Forecaster(jr.key(args.seed))
     means = train(net, series[:split], args.epochs)
@@ -129,7 +132,7 @@ def main():
     foreseen = np.asarray(jax.jit(lambda series: forecast(net, series))(series))
     unchanged = np.square(series[split:-HORIZON] - series[split + HORIZON :]).mean()
     error = np.square(foreseen[split:-HORIZON] - series[split + HORIZON :]).mean()
-    plot(args.out, means, series, foreseen, split)
+    plot(args.out, deviation * means**0.5, potential, mean + deviation * foreseen, split)
     relative = np.sqrt(error / unchanged)
     print(f"error on new data, relative to a forecast of no change: {relative:.3f}")
     print(f"plot: {args.out}")
