@@ -155,7 +155,8 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_ctrl_c_where_jax_runs_python_loses_nothing(call, times):
     """Before the program is called, while it is, and after it."""
-    number = count_events(NewTraining(*call))
+    # The second one, because JAX does less for it.
+    number = [count_events(NewTraining(*call)) for _ in range(2)][-1]
     training: Any = None
     # Half of the moments are among the last events, where results are on their way.
     late = np.linspace(max(1, number - 150), number - 1, times // 2, dtype=int)
@@ -174,7 +175,7 @@ def test_ctrl_c_after_another_size_of_a_batch():
     training = NewTraining(loss, 3)
     training.x, training.is_new = jnp.ones(()), True
     with pytest.raises(KeyboardInterrupt):
-        count_events(training, 10)
+        count_events(training, 200)
     training.check()
     assert training.state.count == 5
 
@@ -203,7 +204,7 @@ def test_a_handler_of_the_user_is_called_after_the_step():
     before = signal.signal(signal.SIGINT, lambda *args: seen.append(args))
     try:
         training = NewTraining(loss, 0)
-        count_events(training, 10)
+        count_events(training, 200)
     finally:
         signal.signal(signal.SIGINT, before)
     assert [number for number, _ in seen] == [signal.SIGINT]
