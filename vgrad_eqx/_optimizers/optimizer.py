@@ -24,7 +24,7 @@ from .partition import (
     keep_dtypes,
     locate,
     make_partition,
-    precompose,
+    map_extra_args,
     strengthen,
     take_extra_args,
 )
@@ -118,7 +118,8 @@ class Optimizer(eqx.Module):
             follows JAX's convention, and the step is along its conjugate.
         - `extra_args`: what the transformation takes besides, such as `value`, `grad` (a
             dict like `var_grads`) and `value_fn` of the line searches of optax. Each function
-            whose name ends with `_fn` is one of the model. What no group takes is ignored.
+            whose name ends with `_fn` is one of the model, and `grad_fn` returns a dict like
+            `var_grads`. What the transformation does not take is ignored.
 
         **Returns:**
 
@@ -202,15 +203,16 @@ def advance(
     params = {name: flat.leaves[i] for i, name in zip(indices, opt.names, strict=True)}
     with_units = _find_unitful(opt.opt_state)
     grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
-    if extra_args.get("grad") is not None:
-        given = extra_args["grad"]
-        extra_args["grad"] = _parse_grads(given, params, with_units, f"{caller}(grad=...)")
 
     def rebuild(params: dict[str, Any]) -> Any:
         values = [params[name] for name in opt.names]
         return flat.unflatten(replace_at(flat.leaves, indices, values))
 
-    extra_args = precompose(extra_args, rebuild)
+    extra_args = map_extra_args(
+        extra_args,
+        rebuild,
+        lambda grads: _parse_grads(grads, params, with_units, f"{caller}(grad=...)"),
+    )
     transformation = _find_transformation(opt)
     try:
         updates, opt_state = transformation.update(grads, opt.opt_state, params, **extra_args)

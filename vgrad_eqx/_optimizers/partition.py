@@ -1,7 +1,7 @@
 """An optax transformation for each group of the parameters in a flat dict."""
 
 import functools as ft
-import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -126,13 +126,23 @@ def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     tx = optax.with_extra_args_support(tx)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        if extra_args:
-            parameters = inspect.signature(tx.update).parameters
-            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-                extra_args = {k: v for k, v in extra_args.items() if k in parameters}
-        return tx.update(updates, state, params, **extra_args)
+        while True:
+            try:
+                return tx.update(updates, state, params, **extra_args)
+            except TypeError as error:
+                # Only a call tells what those inside of an `optax.chain` take.
+                refused = _find_refused(error)
+                if refused not in extra_args:
+                    raise
+                del extra_args[refused]
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _find_refused(error: TypeError) -> str | None:
+    """The keyword argument that a function does not take."""
+    found = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
+    return None if found is None else found[1]
 
 
 def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,29 +151,44 @@ def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
 
 def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: Any) -> dict[str, Any]:
     """The extra arguments of `update`, for the parameters of one group."""
-    narrowed = precompose(extra_args, lambda part: {**params, **part})
-    if extra_args.get("grad") is not None:
-        narrowed["grad"] = _pick(names, extra_args["grad"])
-    return narrowed
+    return map_extra_args(
+        extra_args, lambda part: {**params, **part}, lambda grads: _pick(names, grads)
+    )
 
 
-def precompose(extra_args: dict[str, Any], prepare: Callable[[Any], Any]) -> dict[str, Any]:
-    """The extra arguments, with functions of what is to be prepared first.
+def map_extra_args(
+    extra_args: Mapping[str, Any],
+    prepare: Callable[[Any], Any],
+    map_grads: Callable[[Any], Any],
+    map_value: Callable[[Any], Any] = lambda value: value,
+) -> dict[str, Any]:
+    """The extra arguments of `update`, for other parameters.
 
-    They are those that optax calls `value_fn`, `obj_fn` and the like.
+    Functions, which optax calls `value_fn`, `obj_fn`, `grad_fn` and the like, are of the
+    parameters that `prepare` makes of the new ones. Gradients and values are mapped, also those
+    that such functions return.
     """
-    return {
-        name: _precompose(value, prepare) if name.endswith("_fn") and callable(value) else value
-        for name, value in extra_args.items()
-    }
+    mapped = dict(extra_args)
+    for name, each in extra_args.items():
+        is_function = name.endswith("_fn") and callable(each)
+        finish = {"grad": map_grads, "value": map_value, "obj": map_value}.get(
+            name.removesuffix("_fn") if is_function else name, lambda result: result
+        )
+        if is_function:
+            mapped[name] = _compose(finish, each, prepare)
+        elif each is not None:
+            mapped[name] = finish(each)
+    return mapped
 
 
-def _precompose(func: Callable[..., Any], prepare: Callable[[Any], Any]) -> Any:
+def _compose(
+    finish: Callable[[Any], Any], func: Callable[..., Any], prepare: Callable[[Any], Any]
+) -> Callable[..., Any]:
     @ft.wraps(func)  # optax reads the names of its arguments
-    def prepared(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return func(prepare(params), *args, **kwargs)
+    def composed(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return finish(func(prepare(params), *args, **kwargs))
 
-    return prepared
+    return composed
 
 
 def assign(txs: Mapping[Any, Any], flat: FlatTree, chosen: Selection, caller: str) -> Groups:

@@ -16,6 +16,7 @@ from .._tree.state import State, write
 from .._tree.text import show
 from .._tree.units import split_unit
 from .optimizer import advance, check_structure, Optimizer
+from .partition import map_extra_args
 
 
 class StateOptimizer(eqx.Module):
@@ -103,8 +104,8 @@ class StateOptimizer(eqx.Module):
         - `var_grads`: the gradients in the structure of `states`, as
             [`vgrad_eqx.vector_grad`][] gives them.
         - `extra_args`: what the transformation takes besides, as in
-            [`vgrad_eqx.Optimizer`][]. `grad` is like `var_grads`, and `value_fn` is a function
-            without an argument, which closes over the states.
+            [`vgrad_eqx.Optimizer`][]. `grad` is like `var_grads`, and so is what `grad_fn`
+            returns. Each function closes over the states, so `value_fn` takes no argument.
 
         **Raises:**
 
@@ -115,14 +116,17 @@ class StateOptimizer(eqx.Module):
         values = self.find_values()
         params = dict(zip(values.names, values.params, strict=True))
         grads = self._name(values, var_grads, f"{caller}(var_grads=...)")
-        if extra_args.get("grad") is not None:
-            extra_args["grad"] = self._name(values, extra_args["grad"], f"{caller}(grad=...)")
         extra_args = {
             name: _over_params(each, values)
             if name.endswith("_fn") and callable(each)
             else each
             for name, each in extra_args.items()
         }
+        extra_args = map_extra_args(
+            extra_args,
+            lambda params: params,
+            lambda grads: self._name(values, grads, f"{caller}(grad=...)"),
+        )
         old = self.memory.value
         params, optimizer = advance(old, params, grads, extra_args, caller)
         check_structure(old, optimizer, "StateOptimizer", "Use `vg.Optimizer` for it.")

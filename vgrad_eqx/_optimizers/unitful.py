@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools as ft
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from .._tree.units import (
     raise_mismatch,
     split_unit,
 )
+from .partition import map_extra_args, take_extra_args
 
 
 class _Units(eqx.Module):
@@ -65,8 +67,8 @@ def unitful(
     An `optax.GradientTransformationExtraArgs`. Its `update` takes gradients with units, as
     `vector_grad(..., unit_aware=True)` gives them, and returns updates in the unit of each
     parameter, for [`vgrad_eqx.apply_updates`][]. It converts the extra arguments `value`,
-    `grad` and `value_fn`, so that line searches work, and passes others on. All units are
-    checked while it is traced, which leaves nothing in the compiled program.
+    `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes others
+    on. All units are checked while it is traced, which leaves nothing in the compiled program.
 
     **Raises:**
 
@@ -98,7 +100,7 @@ def unitful(
             "`unitful(tx=...)` must be an optax transformation, such as `optax.adam(1e-3)`. "
             f"Got {show(tx)}."
         )
-    inner = optax.with_extra_args_support(tx)
+    inner = take_extra_args(tx)
     scaling = _Scaling(parse_unit(loss_unit, "unitful(loss_unit=...)"), _parse_scale(scale))
 
     def init(params: Any) -> Any:
@@ -242,20 +244,11 @@ class _Scaling:
         return _map(grow, tree)
 
     def shrink_extra_args(self, extra_args: dict[str, Any], units: dict[str, Any]) -> Any:
-        """Those that line searches take, as pure numbers. The others are passed on."""
-        shrunk = dict(extra_args)
-        if extra_args.get("value") is not None:
-            shrunk["value"] = self._shrink_value(extra_args["value"])
-        if extra_args.get("grad") is not None:
-            shrunk["grad"] = self.shrink_grads(extra_args["grad"], units)
-        if extra_args.get("value_fn") is not None:
-            value_fn = extra_args["value_fn"]
-
-            def shrunk_value_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
-                return self._shrink_value(value_fn(self.grow(params, units), *args, **kwargs))
-
-            shrunk["value_fn"] = shrunk_value_fn
-        return shrunk
+        """Values, gradients and functions of the parameters in pure numbers."""
+        grow, shrink_grads = [
+            ft.partial(f, units=units) for f in (self.grow, self.shrink_grads)
+        ]
+        return map_extra_args(extra_args, grow, shrink_grads, self._shrink_value)
 
     def _shrink_value(self, value: Any) -> Any:
         number, unit = split_unit(value)

@@ -1,5 +1,6 @@
 """What a training step takes and returns."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.tree_util as jtu
 
 from .._tree.flat import is_any_traced
 from .flat_step import CONCRETE, FlatStep
+from .interrupts import hold, release
 
 
 class TrainState:
@@ -55,40 +57,24 @@ class TrainState:
     """
 
     # Few, because setting each takes a share of the time of a step.
-    __slots__ = ("_is_rebuilt", "_model", "count", "flat_step", "frozen", "history", "leaves")
+    __slots__ = ("_is_rebuilt", "_model", "count", "leaves", "training")
 
-    def __init__(
-        self,
-        flat_step: FlatStep,
-        frozen: Any,
-        leaves: Any,
-        count: Any,
-        history: "History | None" = None,
-    ):
-        self.flat_step = flat_step
-        self.frozen = frozen
+    def __init__(self, training: "Training", leaves: Any, count: Any):
+        self.training = training
         self.leaves = leaves
         self.count = count
-        self.history = history
-
-    @classmethod
-    def begin(cls, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any) -> "TrainState":
-        """A state that was not made of another one."""
-        keep_every = flat_step.options.keep_every
-        history = History(keep_every) if keep_every else None
-        return cls(flat_step, frozen, leaves, count, history)
 
     @property
     def model(self) -> Any:
         self._check_kind(False, "model")
         if not hasattr(self, "_model"):
-            self._model = self.flat_step.get_model(self.leaves, self.frozen)
+            self._model = self.training.flat_step.get_model(self.leaves, self.training.frozen)
         return self._model
 
     @property
     def optimizer(self) -> Any:
         self.check()
-        return self.flat_step.get_optimizer(self.leaves, self.count)
+        return self.training.flat_step.get_optimizer(self.leaves, self.count)
 
     @property
     def hyperparams(self) -> dict[str, Any]:
@@ -101,40 +87,44 @@ class TrainState:
         It shares its other arrays with this one, so only one of the two can be used.
         """
         self.check()
-        leaves = self.flat_step.set_hyperparams(self.leaves, group, values)
-        return TrainState(self.flat_step, self.frozen, leaves, self.count, self.history)
+        leaves = self.training.flat_step.set_hyperparams(self.leaves, group, values)
+        return TrainState(self.training, leaves, self.count)
 
     @property
     def nn_state(self) -> Any:
         self._check_kind(False, "nn_state")
-        return self.flat_step.get_nn_state(self.leaves)
+        return self.training.flat_step.get_nn_state(self.leaves)
 
     @property
     def key(self) -> Any:
         self.check()
-        return self.flat_step.get_key(self.leaves)
+        return self.training.flat_step.get_key(self.leaves)
 
     @property
     def kept(self) -> "TrainState | None":
         """The last copy that `train_step(keep_every=...)` has made."""
-        return None if self.history is None else self.history.kept
+        return None if self.training.history is None else self.training.history.kept
 
     def sync(self) -> None:
         """Sets the states by reference to the values that are carried."""
         self._check_kind(True, "sync")
         jax.block_until_ready(self.leaves)  # an error of the step is raised before they are set
-        self.flat_step.sync(self.leaves, self.count)
+        try:
+            hold()  # all of them are set, or none
+            self.training.flat_step.sync(self.leaves, self.count, self.training.memory)
+        finally:
+            release()
 
     def __enter__(self) -> "TrainState":
         self._check_kind(True, "with")
-        if self.history is None:
-            self.history = History(0)
-        self.history.latest = self
+        if self.training.history is None:
+            self.training.history = History(0)
+        self.training.history.latest = self
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        assert self.history is not None
-        latest, kept = self.history.latest, self.history.kept
+        assert self.training.history is not None
+        latest, kept = self.training.history.latest, self.training.history.kept
         if error is None or _is_good(latest):
             latest.sync()
         elif _is_good(kept):
@@ -153,12 +143,14 @@ class TrainState:
         """All arrays by name, for a checkpoint."""
         self.check()
         count = self.count if jnp.ndim(self.count) else int(self.count)
-        return {"count": count, **self.flat_step.to_tree(self.leaves, self.frozen)}
+        flat_step, frozen = self.training.flat_step, self.training.frozen
+        return {"count": count, **flat_step.to_tree(self.leaves, frozen)}
 
     def from_tree(self, tree: dict[str, Any]) -> "TrainState":
         """A state like this one, of such arrays."""
-        leaves, frozen = self.flat_step.from_tree(tree)
-        return TrainState.begin(self.flat_step, frozen, leaves, tree["count"])
+        flat_step, memory = self.training.flat_step, self.training.memory
+        leaves, frozen = flat_step.from_tree(tree)
+        return TrainState(Training.begin(flat_step, frozen, memory), leaves, tree["count"])
 
     @property
     def is_donated(self) -> bool:
@@ -168,15 +160,17 @@ class TrainState:
         """Becomes the next state, which nobody has got because of an interrupt."""
         if hasattr(self, "_model"):
             del self._model
-        self.leaves, self.count = leaves, self.count + self.flat_step.steps_per_call
-        if self.history is not None:
-            self.history.latest = self
+        self.leaves, self.count = leaves, self.count + self.training.flat_step.steps_per_call
+        if self.training.history is not None:
+            self.training.history.latest = self
 
     def copy(self) -> "TrainState":
         """A state of its own, which lives on when a step takes over this one."""
         self.check()
         leaves = jtu.tree_map(jnp.copy, self.leaves)
-        return TrainState.begin(self.flat_step, self.frozen, leaves, self.count)
+        each = self.training
+        training = Training.begin(each.flat_step, each.frozen, each.memory)
+        return TrainState(training, leaves, self.count)
 
     __copy__ = copy
 
@@ -184,18 +178,18 @@ class TrainState:
         return self.copy()
 
     def __reduce__(self) -> Any:
-        if self.flat_step.states is not None:
+        if self.training.flat_step.states is not None:
             raise TypeError(
                 "A `TrainState` over states by reference cannot be pickled, because its copy "
                 "would be of other states. Pickle the states after `sync()`, or save it by "
                 "`vg.save`."
             )
         parts = self.model, self.key, self.nn_state, self.optimizer
-        return _restore, (self.flat_step.owner, *parts)
+        return _restore, (self.training.flat_step.owner, *parts)
 
     def _check_kind(self, over_states: bool, name: str) -> None:
         self.check()
-        if over_states == (self.flat_step.states is None):
+        if over_states == (self.training.flat_step.states is None):
             over, instead = ("a module", "Its module is `model`.")
             if not over_states:
                 over, instead = "states by reference", "Read the states after `sync()`."
@@ -205,6 +199,24 @@ class TrainState:
         if self.is_donated:
             return "TrainState(donated)"
         return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
+
+
+@dataclasses.dataclass(slots=True)
+class Training:
+    """What the states that were made of one another have in common.
+
+    Over states by reference, `memory` is the state of their optimizer.
+    """
+
+    flat_step: FlatStep
+    frozen: Any
+    memory: Any
+    history: "History | None" = None
+
+    @classmethod
+    def begin(cls, flat_step: FlatStep, frozen: Any, memory: Any) -> "Training":
+        keep_every = flat_step.options.keep_every
+        return cls(flat_step, frozen, memory, History(keep_every) if keep_every else None)
 
 
 class History:
@@ -218,7 +230,7 @@ class History:
     def note(self, state: TrainState) -> None:
         self.latest = state
         if self._keep_every and not is_any_traced(state.leaves):
-            before = state.count - state.flat_step.steps_per_call
+            before = state.count - state.training.flat_step.steps_per_call
             if before // self._keep_every < state.count // self._keep_every:
                 # It waits for the values, so that only those of a good step are kept.
                 self.kept = jax.block_until_ready(state.copy())
@@ -241,17 +253,18 @@ def _restore(owner: Any, model: Any, key: Any, nn_state: Any, optimizer: Any) ->
 _NAMES = tuple(map(jtu.GetAttrKey, ("leaves", "frozen", "count")))
 
 
-def _flatten(state: TrainState) -> tuple[Any, FlatStep]:
-    count = state.count
+def _flatten(state: TrainState) -> tuple[Any, Any]:
+    count, training = state.count, state.training
     # One that JAX has built may hold anything, such as the axes of `jax.vmap`.
     if isinstance(count, int) and not hasattr(state, "_is_rebuilt"):
         count = jnp.asarray(count, jnp.int32)
-    return tuple(zip(_NAMES, (state.leaves, state.frozen, count), strict=True)), state.flat_step
+    children = zip(_NAMES, (state.leaves, training.frozen, count), strict=True)
+    return tuple(children), (training.flat_step, training.memory)
 
 
-def _unflatten(flat_step: FlatStep, children: Any) -> TrainState:
-    leaves, frozen, count = children
-    state = TrainState.begin(flat_step, frozen, leaves, count)
+def _unflatten(common: Any, children: Any) -> TrainState:
+    (flat_step, memory), (leaves, frozen, count) = common, children
+    state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
     state._is_rebuilt = True  # noqa: SLF001
     return state
 

@@ -1,8 +1,10 @@
 """Compiled training steps whose cost in Python does not grow with the model."""
 
+import dataclasses
 import functools as ft
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -22,9 +24,10 @@ from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
-from .flat_step import FlatStep, list_names, Metrics, Options, PLAIN
+from .flat_step import FlatStep, list_names, Metrics, Options
+from .interrupts import held, release
 from .over_states import StateFunction, UnknownStates
-from .train_state import TrainState
+from .train_state import Training, TrainState
 
 
 @runtime_checkable
@@ -141,33 +144,50 @@ class _Trainer:
         batch: Any = None,
     ) -> TrainState:
         _check_parts(key, nn_state, batch)
-        states = None
+        states = memory = None
         if self._grad_states.by_reference:
-            optimizer, states = self._init_over_states(model, nn_state, optimizer)
-            model, nn_state = states.optimizer.params(), []
+            over_states = self._init_over_states(model, nn_state, optimizer)
+            states, memory = StateFunction(self._options, over_states), over_states.memory
+            model, nn_state, optimizer = over_states.params(), [], memory.value
         flat = FlatTree(model)
         if states is None:
             optimizer = self._init_optimizer(model, flat, optimizer)
-        flat_step = FlatStep(self, self._options, flat, optimizer, key, nn_state, states)
-        if states is None:
-            known = self._flat_steps.get(flat_step.signature)
-            if known is None:
-                self._flat_steps.set(flat_step.signature, flat_step)
-            else:
-                flat_step = known
+        flat_step = self._share(
+            FlatStep(self, self._options, flat, optimizer, key, nn_state, states)
+        )
         leaves, frozen = flat_step.start(flat, optimizer, key, nn_state)
         count = optimizer.count
         if not isinstance(count, jax.core.Tracer) and not jnp.ndim(count):
             count = int(count)
-        state = TrainState.begin(flat_step, frozen, leaves, count)
-        if states is None or batch is None:
-            return state
-        try:
-            program, inputs = flat_step.find_program(tuple(batch), {})
-            jax.eval_shape(program, leaves, frozen, inputs)
-        except UnknownStates as unknown:
-            return _extend(state, unknown)
+        state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
+        while state.training.flat_step.unknown is not None:
+            state = self.extend(state, state.training.flat_step.unknown)
+        if states is not None and batch is not None:
+            try:
+                self._evaluate_shapes(state, tuple(batch))
+            except UnknownStates as unknown:
+                return self.extend(state, unknown)
         return state
+
+    def _share(self, flat_step: FlatStep) -> FlatStep:
+        """The step that was made alike before, if there is one, which has its programs."""
+        known = self._flat_steps.get(flat_step.signature)
+        if known is None:
+            self._flat_steps.set(flat_step.signature, flat_step)
+        return flat_step if known is None else known
+
+    def extend(self, state: TrainState, unknown: UnknownStates) -> TrainState:
+        """The same state, which carries the values of more states by reference."""
+        flat_step, leaves = state.training.flat_step.extend(state.leaves, unknown)
+        training = dataclasses.replace(state.training, flat_step=self._share(flat_step))
+        return TrainState(training, leaves, state.count)
+
+    def _evaluate_shapes(self, state: TrainState, batch: tuple[Any, ...]) -> None:
+        try:
+            program, inputs = state.training.flat_step.find_program(batch, {})
+            jax.eval_shape(program.compiled, state.leaves, state.training.frozen, inputs)
+        finally:
+            release()
 
     def _init_optimizer(self, model: Any, flat: FlatTree, optimizer: Any) -> Optimizer:
         if model is None:
@@ -189,9 +209,7 @@ class _Trainer:
         self._check_tx(optimizer)
         return optimizer
 
-    def _init_over_states(
-        self, model: Any, nn_state: Any, optimizer: Any
-    ) -> tuple[Optimizer, StateFunction]:
+    def _init_over_states(self, model: Any, nn_state: Any, optimizer: Any) -> StateOptimizer:
         if model is not None or nn_state is not None:
             raise TypeError(
                 "`train_step(grad_states=...)` names states by reference, so `init` takes "
@@ -208,7 +226,7 @@ class _Trainer:
                 f"{show(getattr(optimizer, 'states', optimizer))}."
             )
         self._check_tx(optimizer.memory.value)
-        return optimizer.memory.value, StateFunction(self._options, optimizer)
+        return optimizer
 
     def _check_tx(self, optimizer: Optimizer) -> None:
         if optimizer.tx != self._tx:
@@ -220,11 +238,13 @@ class _Trainer:
 
     def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
         self.check(state)
-        compiled, inputs = state.flat_step.find_program(batch, kwargs)
+        program, inputs = state.training.flat_step.find_program(batch, kwargs)
         try:
-            return compiled.lower(state.leaves, state.frozen, inputs)
+            return program.compiled.lower(state.leaves, state.training.frozen, inputs)
         except UnknownStates as unknown:
-            return self.lower(_extend(state, unknown), *batch, **kwargs)
+            return self.lower(self.extend(state, unknown), *batch, **kwargs)
+        finally:
+            release()
 
     def check(self, state: Any) -> None:
         """Refuses what a step cannot take."""
@@ -233,7 +253,7 @@ class _Trainer:
                 "A training step takes the `TrainState` of `init`, and then the batch: "
                 f"`state, metrics = step(state, *batch)`. Got {show(state)}."
             )
-        if state.flat_step.owner is not self:
+        if state.training.flat_step.owner is not self:
             raise ValueError(
                 "A training step takes a state of its own. Got one of another `train_step`. "
                 "Make one by `step.init(state.model, optimizer=state.optimizer)`."
@@ -245,24 +265,27 @@ def _make_step(trainer: _Trainer) -> TrainStep:
     # A function, because Python handles Ctrl-C when an object has been called, and nothing has
     # stored its result yet; but not when a function has been.
     def step(state: TrainState, /, *batch: Any, **kwargs: Any) -> tuple[TrainState, Metrics]:
-        if type(state) is not TrainState or state.flat_step.owner is not trainer:
+        if type(state) is not TrainState or state.training.flat_step.owner is not trainer:
             trainer.check(state)
-        flat_step, leaves = state.flat_step, None
+        training, leaves = state.training, None
+        flat_step = training.flat_step
         compiled, inputs = flat_step.compiled, batch
-        if kwargs or not PLAIN.issuperset(map(type, batch)):
-            compiled, inputs = flat_step.find_program(batch, kwargs)
+        if kwargs or not flat_step.plain.issuperset(map(type, batch)):
+            program, inputs = flat_step.find_program(batch, kwargs)
+            compiled = program.call
         try:
             # Unpacked by C code, so that no interrupt comes before the results are stored.
-            ((leaves, value, aux, norms),) = map(
-                compiled, (state.leaves,), (state.frozen,), (inputs,)
+            ((leaves, value, aux, norms),) = itertools.starmap(
+                compiled, ((state.leaves, training.frozen, inputs),)
             )
-            count, history = state.count + flat_step.steps_per_call, state.history
-            following = TrainState(flat_step, state.frozen, leaves, count, history)
-            if history is not None:
-                history.note(following)
+            if held:
+                release()
+            following = TrainState(training, leaves, state.count + flat_step.steps_per_call)
+            if training.history is not None:
+                training.history.note(following)
             return following, Metrics(value, aux, norms)
         except UnknownStates as unknown:
-            extended = _extend(state, unknown)
+            extended = trainer.extend(state, unknown)
         except BaseException as error:
             _recover(state, leaves, error)
             raise
@@ -286,6 +309,7 @@ def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
             "each n-th state to `state.kept`, or `donate=False`, which keeps every state and "
             "takes twice the memory. `vg.save` writes one to a file."
         )
+    release()
     if clear is not error:
         raise clear from None
 
@@ -327,6 +351,7 @@ def train_step(
     grad_norms: bool = False,
     donate: bool = True,
     keep_every: int = 0,
+    extra_args: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> TrainStep:
     """Creates a compiled training step: the gradient of `func`, and a step of `tx`.
 
@@ -339,7 +364,8 @@ def train_step(
     - `func`: the loss, `func(model, *batch, **kwargs)`. It returns one array or Quantity, a
         scalar or a vector of losses: the step goes along the gradient of their sum.
     - `tx`: an optax transformation, or a dict from selector to transformation, as in
-        [`vgrad_eqx.Optimizer`][]. Line searches get their extra arguments. With
+        [`vgrad_eqx.Optimizer`][]. It gets those of the extra arguments `value`, `grad`,
+        `value_fn`, `obj_fn` and `grad_fn` that it takes, as line searches do. With
         `optax.apply_if_finite`, a step that is rejected leaves `nn_state` as it was.
     - `grad_states`: what is trained: a selector of leaves of the module, or states by
         reference, as in [`vgrad_eqx.vector_grad`][]. Defaults to all inexact arrays of the
@@ -372,8 +398,8 @@ def train_step(
 
     **Raises:**
 
-    - `TypeError`: at once, if `func` is not callable or `tx` is no optax transformation; if
-        `steps_per_call`, `accumulate` or `keep_every` is no int.
+    - `TypeError`: at once, if `func` or `extra_args` is not callable or `tx` is no optax
+        transformation; if `steps_per_call`, `accumulate` or `keep_every` is no int.
     - `ValueError`: at once, if one of those is below 1, or `keep_every` below 0. For the
         errors of `init` and of the step, see there.
 
@@ -396,6 +422,11 @@ def train_step(
     """
     if not callable(func):
         raise TypeError(f"`train_step(func=...)` must be a callable. Got {show(func)}.")
+    if extra_args is not None and not callable(extra_args):
+        raise TypeError(
+            "`train_step(extra_args=...)` must be a function of the auxiliary data that "
+            f"returns a dict. Got {show(extra_args)}."
+        )
     check_tx(tx, "train_step(tx=...)")
     numbers = {"steps_per_call": steps_per_call, "accumulate": accumulate}
     for name, number in {**numbers, "keep_every": keep_every}.items():
@@ -426,14 +457,9 @@ def train_step(
         grad_norms,
         donate,
         keep_every,
+        extra_args,
     )
     return _make_step(_Trainer(options, parsed))
-
-
-def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
-    """The same state, which carries the values of more states by reference."""
-    flat_step, leaves = state.flat_step.extend(state.leaves, unknown)
-    return TrainState(flat_step, state.frozen, leaves, state.count, state.history)
 
 
 def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
