@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
 from .._tree.state import read, State, write
+from .._tree.types import PyTree
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
 from .differences import check_rename, Differences, offer_rename
@@ -23,7 +24,7 @@ from .sources import escape, make_error, open_source, Shards, Source, VERSION
 _T = TypeVar("_T")
 
 
-def save(path: str | os.PathLike[str], tree: Any) -> None:
+def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes all arrays of a pytree to a file, by name.
 
     The file is in the format of safetensors, and holds no code. A new file is written beside

@@ -5,7 +5,7 @@ import functools as ft
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload, ParamSpec
 
 import equinox as eqx
 import jax
@@ -16,17 +16,37 @@ import numpy as np
 from jax import Array
 from jax.extend.core import jaxprs_in_params
 
+from .._select.grad_states import GradStatesLike
 from .._tree.flat import replace_at
 from .._tree.missing import MISSING
 from .._tree.text import check_flag, name_shapes, show
 from .check import refuse_unreached
-from .engine import make_transform, Operator, Row
+from .engine import GradientTransform, make_transform, Operator, Row
 from .flat_function import FlatFunction
 
 
+_P = ParamSpec("_P")
+
+
+@overload
 def elementwise_grad(
-    func: Callable[..., Any] = MISSING,
-    grad_states: Any = None,
+    *,
+    grad_states: GradStatesLike | None = None,
+    argnums: int | Sequence[int] | None = None,
+    return_value: bool = False,
+    has_aux: bool | None = None,
+    unit_aware: bool = False,
+    check_states: bool = True,
+    debug_nan: bool = False,
+    order: int = 1,
+    check: bool = True,
+) -> Callable[[Callable[_P, Any]], GradientTransform[_P]]: ...
+
+
+@overload
+def elementwise_grad(
+    func: Callable[_P, Any],
+    grad_states: GradStatesLike | None = None,
     argnums: int | Sequence[int] | None = None,
     return_value: bool = False,
     has_aux: bool | None = None,
@@ -36,7 +56,22 @@ def elementwise_grad(
     debug_nan: bool = False,
     order: int = 1,
     check: bool = True,
-) -> Any:
+) -> GradientTransform[_P]: ...
+
+
+def elementwise_grad(
+    func=MISSING,
+    grad_states=None,
+    argnums=None,
+    return_value=False,
+    has_aux=None,
+    unit_aware=False,
+    check_states=True,
+    *,
+    debug_nan=False,
+    order=1,
+    check=True,
+):
     """As [`vgrad_eqx.vector_grad`][], but it is the elementwise derivative, or an error.
 
     For `y = func(x)` in which each `y[i]` depends on `x[i]` alone, it is

@@ -7,7 +7,7 @@ vector gradient is that of ones; the other operators take other products.
 import dataclasses
 import functools as ft
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, Generic, NamedTuple, overload, ParamSpec, Self, TypeVar
 
 import equinox as eqx
 import jax
@@ -66,7 +66,12 @@ class Operator(NamedTuple):
     power: int = 1  # of the unit of the leaf
 
 
-class GradientTransform(eqx.Module):
+_P = ParamSpec("_P")
+_Q = ParamSpec("_Q")
+_Owner = TypeVar("_Owner")
+
+
+class GradientTransform(eqx.Module, Generic[_P]):
     """A function turned into its gradient, as [`vgrad_eqx.vector_grad`][] returns it.
 
     It is a pytree with the leaves of `func`, so it passes through `jax.jit`,
@@ -108,10 +113,18 @@ class GradientTransform(eqx.Module):
     def __wrapped__(self) -> Callable[..., Any]:
         return self.func
 
-    def __get__(self, instance: Any, owner: Any) -> Any:
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(
+        self: "GradientTransform[Concatenate[_Owner, _Q]]", instance: _Owner, owner: type
+    ) -> Callable[_Q, Any]: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
         return self if instance is None else eqx.Partial(self, instance)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> Any:
         flat_func = FlatFunction(self, self.func, args, kwargs)
         numbers, output, rows = self._differentiate(flat_func)
         results = [self._arrange(flat_func, output, rows)]
@@ -295,7 +308,8 @@ def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:
             f"use `@{name}(grad_states=...)`."
         )
     wrapped = func
-    if jtu.all_leaves([func]) and hasattr(func, "__wrapped__"):
+    is_partial = isinstance(func, ft.partial)
+    if jtu.all_leaves([func]) and hasattr(func, "__wrapped__") and not is_partial:
         # Of a leaf such as `jax.vmap(model)`, Equinox warns that its arrays are not trained.
         wrapped = jtu.Partial(func)
     return eqx.module_update_wrapper(GradientTransform(wrapped, operator=operator, **options))

@@ -8,7 +8,17 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    overload,
+    ParamSpec,
+    Self,
+    TYPE_CHECKING,
+    TypeVar,
+)
 
 import jax
 import jax.tree_util as jtu
@@ -26,6 +36,43 @@ from .generated import Arrays, make_builder, make_reader
 
 
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
+
+
+_P = ParamSpec("_P")
+_Q = ParamSpec("_Q")
+_T = TypeVar("_T")
+_Owner = TypeVar("_Owner")
+
+
+# A partial function, because Python calls one faster than any other object.
+class Jitted(ft.partial[_T], Generic[_P, _T]):
+    """A function that [`vgrad_eqx.jit`][] has compiled."""
+
+    __name__: str
+    lower: Callable[_P, Any]
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T: ...
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(
+        self: "Jitted[Concatenate[_Owner, _Q], _T]", instance: _Owner, owner: type
+    ) -> Callable[_Q, _T]: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+
+@overload
+def jit(*, donate: Donate = "none") -> Callable[[Callable[_P, _T]], Jitted[_P, _T]]: ...
+
+
+@overload
+def jit(func: Callable[_P, _T], *, donate: Donate = "none") -> Jitted[_P, _T]: ...
 
 
 def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
@@ -99,7 +146,6 @@ def _compile(func: Any, donate: Donate) -> Any:
     # The arrays of the function are arguments as well, or they would be constants.
     own = split_arrays(func, _is_array).diff
 
-    # A function, because Python calls one faster than an object, and a module slower yet.
     def call(first=MISSING, /, *rest, **kwargs):
         program = programs.latest
         is_bound = first is not MISSING or not kwargs
@@ -121,8 +167,9 @@ def _compile(func: Any, donate: Donate) -> Any:
         program, (arrays, others) = programs.find(func, first, rest, kwargs)
         return program, (arrays, [*others, *own])
 
-    vars(call)["lower"] = ft.partial(_lower, read)
-    return ft.update_wrapper(call, func, updated=())
+    jitted = Jitted(ft.update_wrapper(call, func, updated=()))
+    jitted.lower = ft.partial(_lower, read)
+    return ft.update_wrapper(jitted, func, updated=())
 
 
 def _lower(read: Callable[..., tuple["_Program", Arrays]], *args: Any, **kwargs: Any) -> Any:

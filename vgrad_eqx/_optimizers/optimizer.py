@@ -1,18 +1,20 @@
 """Optax transformations that update the chosen leaves of a module, or states by reference."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
+from jax.typing import ArrayLike
 
-from .._select.selectors import as_selector, select
+from .._select.selectors import as_selector, select, SelectorLike
 from .._select.states import add
 from .._tree.flat import FlatTree, replace_at
 from .._tree.text import near_misses, quote, shorten, show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 from .fingerprint import Fingerprinted
 from .hyperparams import is_hyperparam, read_hyperparams, write_hyperparams
@@ -28,8 +30,12 @@ from .partition import (
     precompose,
     strengthen,
     take_extra_args,
+    TxLike,
 )
 from .unitful import naming_leaves_of, UnitfulState
+
+
+_T = TypeVar("_T")
 
 
 class Optimizer(eqx.Module):
@@ -81,7 +87,7 @@ class Optimizer(eqx.Module):
     groups: Groups | None = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
 
-    def __init__(self, tx: Any, model: Any, selector: Any = True):
+    def __init__(self, tx: TxLike, model: PyTree, selector: SelectorLike = True):
         flat = FlatTree(model)
         chosen = select(flat, as_selector(selector), "Optimizer(selector=...)")
         check_tx(tx, "Optimizer(tx=...)")
@@ -107,15 +113,15 @@ class Optimizer(eqx.Module):
         """The leaves of the `opt_state`, and what they belong to."""
         return list(locate(self.opt_state, self.names))
 
-    def params(self, model: Any) -> dict[str, Any]:
+    def params(self, model: PyTree) -> dict[str, Any]:
         """The leaves of a module that are updated, by their path."""
         flat = FlatTree(model)
         indices = _find(flat, self.names)
         return {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
 
     def step(
-        self, model: Any, var_grads: Mapping[str, Any], **extra_args: Any
-    ) -> tuple[Any, "Optimizer"]:
+        self, model: _T, var_grads: Mapping[str, Any], **extra_args: object
+    ) -> tuple[_T, Self]:
         """Updates the chosen leaves along their gradients.
 
         **Arguments:**
@@ -142,8 +148,8 @@ class Optimizer(eqx.Module):
         return self.advance(model, var_grads, extra_args, "Optimizer.step")
 
     def advance(
-        self, model: Any, var_grads: Any, extra_args: dict[str, Any], caller: str
-    ) -> tuple[Any, "Optimizer"]:
+        self, model: _T, var_grads: object, extra_args: dict[str, Any], caller: str
+    ) -> tuple[_T, Self]:
         flat = FlatTree(model)
         indices = _find(flat, self.names)
         params = {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
@@ -174,7 +180,9 @@ class Optimizer(eqx.Module):
         opt = eqx.tree_at(where, self, (opt_state, optax.safe_increment(self.count)))
         return flat.unflatten(replace_at(flat.leaves, indices, new)), opt
 
-    def reselect(self, model: Any, selector: Any = True, tx: Any = None) -> "Optimizer":
+    def reselect(
+        self, model: PyTree, selector: SelectorLike = True, tx: TxLike | None = None
+    ) -> "Optimizer":
         """Changes what is trained, and keeps what is known of the leaves that stay.
 
         **Arguments:**
@@ -214,7 +222,7 @@ class Optimizer(eqx.Module):
         """
         return read_hyperparams(self.opt_state)
 
-    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "Optimizer":
+    def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> Self:
         """Changes hyperparameters that `optax.inject_hyperparams` keeps.
 
         **Arguments:**

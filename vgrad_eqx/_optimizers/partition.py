@@ -3,7 +3,7 @@
 import functools as ft
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -15,6 +15,9 @@ from .._select.selectors import as_selector, select, Selection
 from .._tree.flat import FlatTree
 from .._tree.text import show
 
+
+# An optax transformation, or one for each selector.
+TxLike: TypeAlias = optax.GradientTransformation | Mapping[Any, optax.GradientTransformation]
 
 # For each group its label, and the paths of its parameters.
 Groups = tuple[tuple[str, tuple[str, ...]], ...]
@@ -36,7 +39,9 @@ class GroupStates(dict[str, Any]):
         return cls(groups, states)
 
 
-def partition(groups: Mapping[Any, Any]) -> optax.GradientTransformationExtraArgs:
+def partition(
+    groups: Mapping[Any, optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
     """Updates each group of the parameters in a flat dict by a transformation of its own.
 
     It is an optax transformation as any other, so what is before it in an `optax.chain` sees

@@ -14,6 +14,7 @@ import optax
 from .._select.glob import compile_glob
 from .._tree.flat import FlatTree, is_any_traced, widen
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
+from .._tree.types import Unit
 from .._tree.units import (
     attach_unit,
     find_factor,
@@ -40,7 +41,7 @@ class UnitfulState(NamedTuple):
 
 def unitful(
     tx: optax.GradientTransformation,
-    loss_unit: Any = None,
+    loss_unit: Unit | None = None,
     scale: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets any optax transformation optimize parameters with units.

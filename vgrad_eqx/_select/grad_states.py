@@ -1,15 +1,20 @@
 """What the user wants gradients of: selectors or states by reference, in any nesting."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 
 from .._tree.flat import name_of
-from .._tree.state import is_reference, refuse_brainstate
+from .._tree.state import is_reference, refuse_brainstate, State
 from .._tree.text import show
-from .selectors import as_selector, Selector
+from .selectors import as_selector, Selector, SelectorLike
+
+
+# What is taken for `grad_states`: a selector, several in a container, or states by reference.
+GradStatesLike: TypeAlias = SelectorLike | State[Any] | jax.Ref
 
 
 class GradStates(eqx.Module):

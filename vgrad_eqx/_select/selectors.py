@@ -6,8 +6,8 @@ import dataclasses
 import functools as ft
 import itertools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -28,20 +28,32 @@ class Selector(abc.ABC):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         """One bool for each leaf; it may be true for leaves that are never trained."""
 
-    def __and__(self, other: Any) -> "Selector":
+    def __and__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.and_, (self, as_selector(other)))
 
-    def __rand__(self, other: Any) -> "Selector":
+    def __rand__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.and_, (as_selector(other), self))
 
-    def __or__(self, other: Any) -> "Selector":
+    def __or__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.or_, (self, as_selector(other)))
 
-    def __ror__(self, other: Any) -> "Selector":
+    def __ror__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.or_, (as_selector(other), self))
 
     def __invert__(self) -> "Selector":
         return _Combined(operator.not_, (self,))
+
+
+# What is taken for a selector: one, a path, or an Equinox filter spec.
+SelectorLike: TypeAlias = (
+    Selector
+    | str
+    | bool
+    | Callable[[Any], Any]
+    | eqx.Module
+    | Sequence[Any]
+    | Mapping[Any, Any]
+)
 
 
 @dataclasses.dataclass(frozen=True)

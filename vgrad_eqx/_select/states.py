@@ -1,7 +1,7 @@
 """The chosen leaves of a pytree as a flat dict, and back."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,11 +10,15 @@ import numpy as np
 from .._tree.flat import FlatTree, widen
 from .._tree.state import find_states
 from .._tree.text import near_misses, quote, show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
-from .selectors import as_selector, select, select_any
+from .selectors import as_selector, select, select_any, SelectorLike
 
 
-def states(tree: Any, selector: Any = True) -> dict[str, Any]:
+_T = TypeVar("_T")
+
+
+def states(tree: PyTree, selector: SelectorLike = True) -> dict[str, Any]:
     """The leaves of a pytree that a selector chooses, by their dotted path.
 
     They are inexact arrays, or else states by reference, [`vgrad_eqx.State`][]: what
@@ -53,7 +57,7 @@ def states(tree: Any, selector: Any = True) -> dict[str, Any]:
     return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
 
 
-def replace_states(tree: Any, values: Mapping[str, Any]) -> Any:
+def replace_states(tree: _T, values: Mapping[str, Any]) -> _T:
     """A copy of a pytree with other values at some of its leaves.
 
     The inverse of [`vgrad_eqx.states`][]. `__init__` and `__check_init__` of a module are
@@ -88,7 +92,7 @@ def replace_states(tree: Any, values: Mapping[str, Any]) -> Any:
     return _merge(tree, values, "replace_states(values=...)", _replace)
 
 
-def apply_updates(tree: Any, updates: Any) -> Any:
+def apply_updates(tree: _T, updates: PyTree) -> _T:
     """A copy of a pytree with updates added to some of its leaves.
 
     The twin of `optax.apply_updates` for the updates that an optax transformation makes of

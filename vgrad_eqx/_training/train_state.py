@@ -1,16 +1,21 @@
 """What a training step takes and returns."""
 
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.typing import ArrayLike
 
+from .._optimizers.optimizer import Optimizer
 from .._tree.flat import is_any_traced
 from .flat_step import CONCRETE, FlatStep
 
 
-class TrainState:
+_M = TypeVar("_M", covariant=True)
+
+
+class TrainState(Generic[_M]):
     """Model, optimizer and key between two steps of [`vgrad_eqx.train_step`][].
 
     It holds flat arrays, which each step takes over: a state is used once, and the step
@@ -72,21 +77,21 @@ class TrainState:
         self.history = history
 
     @classmethod
-    def begin(cls, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any) -> "TrainState":
+    def begin(cls, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any) -> Self:
         """A state that was not made of another one."""
         keep_every = flat_step.options.keep_every
         history = History(keep_every) if keep_every else None
         return cls(flat_step, frozen, leaves, count, history)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> _M:
         self._check_kind(False, "model")
         if not hasattr(self, "_model"):
             self._model = self.flat_step.get_model(self.leaves, self.frozen)
         return self._model
 
     @property
-    def optimizer(self) -> Any:
+    def optimizer(self) -> Optimizer:
         self.check()
         return self.flat_step.get_optimizer(self.leaves, self.count)
 
@@ -95,14 +100,14 @@ class TrainState:
         """As [`vgrad_eqx.Optimizer`][] has them."""
         return self.optimizer.hyperparams
 
-    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "TrainState":
+    def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> Self:
         """A state with other hyperparameters, as [`vgrad_eqx.Optimizer`][] sets them.
 
         It shares its other arrays with this one, so only one of the two can be used.
         """
         self.check()
         leaves = self.flat_step.set_hyperparams(self.leaves, group, values)
-        return TrainState(self.flat_step, self.frozen, leaves, self.count, self.history)
+        return type(self)(self.flat_step, self.frozen, leaves, self.count, self.history)
 
     @property
     def nn_state(self) -> Any:
@@ -115,7 +120,7 @@ class TrainState:
         return self.flat_step.get_key(self.leaves)
 
     @property
-    def kept(self) -> "TrainState | None":
+    def kept(self) -> Self | None:
         """The last copy that `train_step(keep_every=...)` has made."""
         return None if self.history is None else self.history.kept
 
@@ -125,7 +130,7 @@ class TrainState:
         jax.block_until_ready(self.leaves)  # an error of the step is raised before they are set
         self.flat_step.sync(self.leaves, self.count)
 
-    def __enter__(self) -> "TrainState":
+    def __enter__(self) -> Self:
         self._check_kind(True, "with")
         if self.history is None:
             self.history = History(0)
@@ -155,10 +160,10 @@ class TrainState:
         count = self.count if jnp.ndim(self.count) else int(self.count)
         return {"count": count, **self.flat_step.to_tree(self.leaves, self.frozen)}
 
-    def from_tree(self, tree: dict[str, Any]) -> "TrainState":
+    def from_tree(self, tree: dict[str, Any]) -> Self:
         """A state like this one, of such arrays."""
         leaves, frozen = self.flat_step.from_tree(tree)
-        return TrainState.begin(self.flat_step, frozen, leaves, tree["count"])
+        return self.begin(self.flat_step, frozen, leaves, tree["count"])
 
     @property
     def is_donated(self) -> bool:
@@ -172,15 +177,15 @@ class TrainState:
         if self.history is not None:
             self.history.latest = self
 
-    def copy(self) -> "TrainState":
+    def copy(self) -> Self:
         """A state of its own, which lives on when a step takes over this one."""
         self.check()
         leaves = jtu.tree_map(jnp.copy, self.leaves)
-        return TrainState.begin(self.flat_step, self.frozen, leaves, self.count)
+        return self.begin(self.flat_step, self.frozen, leaves, self.count)
 
     __copy__ = copy
 
-    def __deepcopy__(self, memo: Any) -> "TrainState":
+    def __deepcopy__(self, memo: object) -> Self:
         return self.copy()
 
     def __reduce__(self) -> Any:

@@ -2,8 +2,8 @@
 
 import functools as ft
 import operator
-from collections.abc import Callable
-from typing import Any, cast, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, cast, overload, Protocol, runtime_checkable, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,17 +14,21 @@ import jax.tree_util as jtu
 from .._jit.callbacks import explain
 from .._optimizers.fingerprint import Fingerprinted
 from .._optimizers.optimizer import Optimizer
-from .._optimizers.partition import check_tx
+from .._optimizers.partition import check_tx, TxLike
 from .._optimizers.state_optimizer import StateOptimizer
-from .._select.grad_states import GradStates, parse_grad_states
+from .._select.grad_states import GradStates, GradStatesLike, parse_grad_states
 from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
+from .._tree.types import PyTree
 from .flat_step import FlatStep, list_names, Metrics, Options, PLAIN
 from .over_states import StateFunction, UnknownStates
 from .train_state import TrainState
+
+
+_M = TypeVar("_M")
 
 
 @runtime_checkable
@@ -52,8 +56,8 @@ class TrainStep(Protocol):
     """
 
     def __call__(
-        self, state: TrainState, /, *batch: Any, **kwargs: Any
-    ) -> tuple[TrainState, Metrics]:
+        self, state: TrainState[_M], /, *batch: PyTree, **kwargs: PyTree
+    ) -> tuple[TrainState[_M], Metrics]:
         """Takes the steps of one call, and takes over the arrays of `state`.
 
         **Arguments:**
@@ -77,15 +81,35 @@ class TrainStep(Protocol):
         """
         ...
 
+    @overload
     def init(
         self,
-        model: Any = None,
+        model: _M,
         *,
-        key: Any = None,
-        nn_state: Any = None,
-        optimizer: Any = None,
-        batch: Any = None,
-    ) -> TrainState:
+        key: jax.Array | None = None,
+        nn_state: eqx.nn.State | None = None,
+        optimizer: Optimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[_M]: ...
+
+    @overload
+    def init(
+        self,
+        *,
+        key: jax.Array | None = None,
+        optimizer: StateOptimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[None]: ...
+
+    def init(
+        self,
+        model: PyTree = None,
+        *,
+        key: jax.Array | None = None,
+        nn_state: eqx.nn.State | None = None,
+        optimizer: Optimizer | StateOptimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[Any]:
         """Makes the state to begin with.
 
         **Arguments:**
@@ -113,7 +137,7 @@ class TrainStep(Protocol):
         """
         ...
 
-    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+    def lower(self, state: TrainState[Any], /, *batch: PyTree, **kwargs: PyTree) -> Any:
         """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
         ...
 
@@ -316,8 +340,8 @@ def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
 
 def train_step(
     func: Callable[..., Any],
-    tx: Any,
-    grad_states: Any = True,
+    tx: TxLike,
+    grad_states: GradStatesLike = True,
     *,
     has_aux: bool = False,
     check_states: bool = True,

@@ -4,7 +4,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,6 +14,7 @@ import jax.ref
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import ArrayLike
 
 from .cache import is_equal
 from .flat import FlatTree, Split
@@ -21,7 +22,10 @@ from .text import show
 from .units import find_factor, scale_number, split_unit
 
 
-class State:
+_T = TypeVar("_T")
+
+
+class State(Generic[_T]):
     """A named reference to a value, which a function may read and set.
 
     Functions share a state by closing over it. Compiled functions read its current value at
@@ -75,9 +79,9 @@ class State:
 
     __slots__ = ("__weakref__", "content", "name", "stand_ins")
 
-    def __init__(self, value: Any, name: str | None = None):
+    def __init__(self, value: _T, name: str | None = None):
         if isinstance(value, bool | int | float | complex):
-            value = np.asarray(value)
+            value = np.asarray(value)  # pyright: ignore[reportAssignmentType]
         flat = FlatTree(value)
         arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
         if not arrays.diff:
@@ -95,11 +99,11 @@ class State:
         return self.content.diff
 
     @property
-    def value(self) -> Any:
+    def value(self) -> _T:
         return self.content.rest.combine(list(map(read, self.refs)))
 
     @value.setter
-    def value(self, value: Any) -> None:
+    def value(self, value: _T | ArrayLike) -> None:
         arrays = self._find_arrays(value)
         if arrays is None:
             raise ValueError(
