@@ -221,11 +221,11 @@ def _fill(
     return leaves
 
 
-def _is_train_state(node: Any) -> bool:
+def _is_train_state(node: object) -> bool:
     return isinstance(node, TrainState)
 
 
-def _expand(tree: Any) -> Any:
+def _expand(tree: PyTree) -> Any:
     """The pytree with the arrays of training states by name."""
     return jtu.tree_map(
         lambda node: node.to_tree() if _is_train_state(node) else node,
@@ -234,7 +234,7 @@ def _expand(tree: Any) -> Any:
     )
 
 
-def _collect(like: Any, expanded: Any) -> Any:
+def _collect(like: PyTree, expanded: PyTree) -> Any:
     """The inverse of `_expand`."""
     nodes, structure = jtu.tree_flatten(like, is_leaf=_is_train_state)
     filled = [

@@ -20,6 +20,7 @@ from .._select.grad_states import GradStatesLike
 from .._tree.flat import replace_at
 from .._tree.missing import MISSING
 from .._tree.text import check_flag, name_shapes, show
+from .._tree.types import PyTree
 from .check import refuse_unreached
 from .engine import GradientTransform, make_transform, Operator, Row
 from .flat_function import FlatFunction
@@ -188,7 +189,7 @@ class _Elementwise:
         columns = []
         for i, leaf in enumerate(diff):
 
-            def push_one(vector: Array, i: int = i, leaf: Any = leaf) -> list[Any]:
+            def push_one(vector: Array, i: int = i, leaf: object = leaf) -> list[Any]:
                 along = lambda leaf: func(*replace_at(diff, [i], [leaf]))[0]
                 # Of a linear function that mixes elements, only the first one shows it.
                 return [_push(along, vector, order)(leaf) for order in (1, self.order)]
@@ -201,7 +202,7 @@ class _Elementwise:
     def _differentiate(
         self,
         product: Callable[[Array], list[Any]],
-        like: Any,
+        like: PyTree,
         arrays: Sequence[Any],
         names: Sequence[str],
     ) -> list[Array]:

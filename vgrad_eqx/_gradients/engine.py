@@ -22,6 +22,7 @@ from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
 from .._tree.text import check_flag, name_shapes, shorten, show
+from .._tree.types import PyTree, Unit
 from .._tree.units import (
     attach_unit,
     divide_units,
@@ -154,7 +155,9 @@ class GradientTransform(eqx.Module, Generic[_P]):
             state.write(refs[key], value, state.describe(refs[key]))
         return numbers, output, rows
 
-    def _apply_rule(self, func: Any, diff: Sequence[Any], flat_func: FlatFunction) -> Any:
+    def _apply_rule(
+        self, func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+    ) -> Any:
         numbers, output, rows = self.operator.rule(func, diff, flat_func)
         if self.debug_nan:
             blocks = [
@@ -184,7 +187,9 @@ class GradientTransform(eqx.Module, Generic[_P]):
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
 
 
-def _call_over_values(flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: Any) -> Any:
+def _call_over_values(
+    flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: jax.Array
+) -> Any:
     """`func`, with what is differentiated in the place of states."""
     states = flat_func.states if isinstance(flat_func.states, StateValues) else None
     values = {} if states is None else dict(zip(states.refs, diff, strict=False))
@@ -196,7 +201,7 @@ def _call_over_values(flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: 
 
 
 def _divide_row(
-    grads: Sequence[Any], unit: Any, units: Sequence[Any], power: int = 1
+    grads: Sequence[Any], unit: Unit, units: Sequence[Any], power: int = 1
 ) -> list[Any]:
     """Derivatives in a unit over those of the leaves."""
     divided = []
@@ -243,7 +248,7 @@ def pull_back_rows(
 
     # JAX's Jacobian, of a function that has been differentiated already.
     @jax.custom_vjp
-    def evaluated(*diff: Any) -> Any:
+    def evaluated(*diff: jax.Array) -> Any:
         return numbers
 
     evaluated.defvjp(lambda *diff: (numbers, None), lambda _, cotangents: pull(cotangents))
@@ -259,7 +264,7 @@ def push_forward_columns(
     refuse_unreached(push, func, flat_func)
 
     @jax.custom_jvp
-    def evaluated(*diff: Any) -> Any:
+    def evaluated(*diff: jax.Array) -> Any:
         return numbers
 
     evaluated.defjvp(lambda _, tangents: (numbers, push(*tangents)))
@@ -272,7 +277,7 @@ def push_forward_rows(
 ) -> Any:
     """`hessian`: forward over reverse."""
 
-    def differentiate(*diff: Any) -> Any:
+    def differentiate(*diff: jax.Array) -> Any:
         numbers, output, rows = pull_back_rows(func, diff, flat_func)
         return [row.grads for row in rows], (numbers, output)
 
@@ -283,10 +288,10 @@ def push_forward_rows(
 
 def make_transform(
     operator: Operator,
-    func: Any,
-    grad_states: Any,
-    argnums: Any,
-    cotangent: Any = None,
+    func: Callable[..., Any],
+    grad_states: object,
+    argnums: object,
+    cotangent: PyTree = None,
     **options: Any,
 ) -> Any:
     """Both forms of every operator, the call and the decorator, with options checked."""
@@ -300,7 +305,7 @@ def make_transform(
     return make if func is MISSING else make(func)
 
 
-def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:
+def _wrap(func: Callable[..., Any], *, operator: Operator, **options: Any) -> Any:
     name = operator.name
     if not callable(func):
         raise TypeError(

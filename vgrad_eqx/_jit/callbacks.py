@@ -9,6 +9,8 @@ import jax
 import jax.core
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
+from .._tree.types import PyTree
+
 
 def has_callback(jaxpr: Jaxpr) -> bool:
     """Whether a program calls Python, which may raise an error."""
@@ -19,7 +21,7 @@ def has_callback(jaxpr: Jaxpr) -> bool:
     )
 
 
-def wait(compiled: Callable[..., Any], *inputs: Any) -> Any:
+def wait(compiled: Callable[..., Any], *inputs: PyTree) -> Any:
     """Calls a compiled function, and waits, so that its errors are raised here.
 
     Without the traceback of the callback, which JAX would print besides.

@@ -31,6 +31,7 @@ from .._tree.missing import MISSING
 from .._tree.numpy_leaves import is_numpy, remember_types
 from .._tree.state import is_reference
 from .._tree.text import show
+from .._tree.types import PyTree
 from .callbacks import explain, has_callback, wait
 from .generated import Arrays, make_builder, make_reader
 
@@ -75,7 +76,7 @@ def jit(*, donate: Donate = "none") -> Callable[[Callable[_P, _T]], Jitted[_P, _
 def jit(func: Callable[_P, _T], *, donate: Donate = "none") -> Jitted[_P, _T]: ...
 
 
-def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
+def jit(func: Callable[..., Any] = MISSING, *, donate: Donate = "none") -> Any:
     """Compiles a function, whose calls then cost little more than `jax.jit` over flat arrays.
 
     What `equinox.filter_jit` does, for gradients and for any other function: JAX and NumPy
@@ -141,7 +142,7 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
     return _compile(func, donate)
 
 
-def _compile(func: Any, donate: Donate) -> Any:
+def _compile(func: Callable[..., Any], donate: Donate) -> Any:
     programs = _find_programs(func, donate)
     # The arrays of the function are arguments as well, or they would be constants.
     own = split_arrays(func, _is_array).diff
@@ -172,12 +173,16 @@ def _compile(func: Any, donate: Donate) -> Any:
     return ft.update_wrapper(jitted, func, updated=())
 
 
-def _lower(read: Callable[..., tuple["_Program", Arrays]], *args: Any, **kwargs: Any) -> Any:
+def _lower(
+    read: Callable[..., tuple["_Program", Arrays]], *args: object, **kwargs: object
+) -> Any:
     program, inputs = read(*args, **kwargs)
     return _Lowered(program.lower(inputs), read)
 
 
-def _bind(func: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _bind(
+    func: Callable[..., Any], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Keyword arguments as the first one, other positional ones, and the rest."""
     try:
         bound = inspect.signature(func).bind(**kwargs)
@@ -208,7 +213,11 @@ class _Programs:
         self.latest: Any = _NoProgram
 
     def find(
-        self, func: Any, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        first: Any,
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple["_Program", Arrays]:
         """A program for these arguments, and what it takes."""
         if first is MISSING and kwargs:
@@ -230,7 +239,7 @@ class _Programs:
         return program, inputs
 
 
-def _find_programs(func: Any, donate: Donate) -> _Programs:
+def _find_programs(func: Callable[..., Any], donate: Donate) -> _Programs:
     """The programs of a function, which are the same if it is passed to `jit` again.
 
     Those of a Python function live as long as it does. Those of a module serve all that differ
@@ -329,7 +338,7 @@ class _Program:
         finally:
             self._end()
 
-    def finish(self, inputs: Arrays, result: Any) -> Any:
+    def finish(self, inputs: Arrays, result: PyTree) -> Any:
         """Ends a call that was traced, and finds out whether to wait for its errors."""
         self._end()
         if has_callback(self._jitted.trace(*inputs).jaxpr.jaxpr):
@@ -364,10 +373,10 @@ class _Lowered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lowered, name)
 
-    def compile(self, *args: Any, **kwargs: Any) -> "_Lowered":
+    def compile(self, *args: object, **kwargs: object) -> "_Lowered":
         return _Lowered(self._lowered.compile(*args, **kwargs), self._read)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         _, inputs = self._read(*args, **kwargs)
         return self._lowered(*inputs)()
 
@@ -386,7 +395,7 @@ def _refuse_unhashable(*rests: Rest) -> None:
                 ) from error
 
 
-def _mark_numbers(func: Any, args: list[Any]) -> list[Any]:
+def _mark_numbers(func: Callable[..., Any], args: list[Any]) -> list[Any]:
     """The arguments, with an array for each Python number that a gradient is by."""
     if not isinstance(func, GradientTransform):
         return args
@@ -412,5 +421,5 @@ _MOST = 63
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return isinstance(leaf, _ARRAYS) and not is_reference(leaf)

@@ -55,7 +55,7 @@ def grad_norms(var_grads: PyTree) -> dict[str, Any]:
     return dict(sorted(norms.items()))
 
 
-def _norm(grad: Any) -> Any:
+def _norm(grad: object) -> Any:
     number, unit = split_unit(grad)
     dtype = widen(jnp.result_type(number))
     return attach_unit(jnp.linalg.norm(jnp.asarray(number, dtype).ravel()), unit)

@@ -276,17 +276,17 @@ def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
     return [places[name] for name in names]
 
 
-def _find_unitful(opt_state: Any) -> set[str]:
+def _find_unitful(opt_state: PyTree) -> set[str]:
     """The paths of the parameters of which optax does not see the units."""
 
-    def is_unitful(node: Any) -> bool:
+    def is_unitful(node: object) -> bool:
         return isinstance(node, UnitfulState)
 
     nodes = filter(is_unitful, jtu.tree_leaves(opt_state, is_leaf=is_unitful))
     return {name for node in nodes for name, _ in node.units.by_path}
 
 
-def _check_units(opt_state: Any, params: dict[str, Any]) -> None:
+def _check_units(opt_state: PyTree, params: dict[str, Any]) -> None:
     with_units = _find_unitful(opt_state)
     for name, leaf in params.items():
         if split_unit(leaf)[1] is not None and name not in with_units:
@@ -298,7 +298,7 @@ def _check_units(opt_state: Any, params: dict[str, Any]) -> None:
 
 
 def _parse_grads(
-    grads: Any, params: dict[str, Any], with_units: set[str], caller: str
+    grads: PyTree, params: dict[str, Any], with_units: set[str], caller: str
 ) -> dict[str, Any]:
     """The gradients as optax takes them: those of complex leaves are conjugated."""
     if not isinstance(grads, Mapping):
@@ -328,7 +328,7 @@ def _parse_grads(
     return {name: _conjugate(grads[name]) for name in params}
 
 
-def _find_fault(grad: Any, param: Any, with_units: bool) -> str | None:
+def _find_fault(grad: object, param: object, with_units: bool) -> str | None:
     (number, unit), shape = split_unit(grad), jnp.shape(split_unit(param)[0])
     is_array = eqx.is_array_like(number)
     if not (is_array and jnp.issubdtype(jnp.result_type(number), jnp.inexact)):
@@ -340,6 +340,6 @@ def _find_fault(grad: Any, param: Any, with_units: bool) -> str | None:
     return None
 
 
-def _conjugate(grad: Any) -> Any:
+def _conjugate(grad: object) -> Any:
     number, unit = split_unit(grad)
     return attach_unit(jnp.conj(number), unit) if jnp.iscomplexobj(number) else grad

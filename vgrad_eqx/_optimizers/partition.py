@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
+from jax.typing import DTypeLike
 
 from .._select.selectors import as_selector, select, Selection
 from .._tree.flat import FlatTree
 from .._tree.text import show
+from .._tree.types import PyTree
 
 
 # An optax transformation, or one for each selector.
@@ -84,7 +86,7 @@ def partition(
         )
     check_tx(groups, caller)
 
-    def find_groups(params: Any) -> Groups:
+    def find_groups(params: PyTree) -> Groups:
         if not isinstance(params, Mapping):
             raise TypeError(
                 "`partition(...).init(params)` must be a flat dict from path to leaf, as "
@@ -103,14 +105,14 @@ def make_partition(
     """A transformation for each of the groups, in the order of `txs`."""
     inner: list[Any] = list(map(take_extra_args, txs.values()))
 
-    def init(params: Any) -> GroupStates:
+    def init(params: PyTree) -> GroupStates:
         groups = find_groups(params)
         pairs = zip(inner, groups, strict=True)
         states = [tx.init(_pick(names, params)) for tx, (_, names) in pairs]
         return GroupStates(groups, states)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
     ) -> tuple[Any, GroupStates]:
         new_updates, states = {}, []
         for tx, (label, names) in zip(inner, state.groups, strict=True):
@@ -133,7 +135,9 @@ def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return tx
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
+    ) -> Any:
         known = {name: value for name, value in extra_args.items() if name in parameters}
         return tx.update(updates, state, params, **known)
 
@@ -144,7 +148,7 @@ def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
     return {name: by_path[name] for name in names}
 
 
-def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: Any) -> dict[str, Any]:
+def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: PyTree) -> dict[str, Any]:
     """The extra arguments of `update`, for the parameters of one group."""
     narrowed = precompose(extra_args, lambda part: {**params, **part})
     if extra_args.get("grad") is not None:
@@ -165,7 +169,7 @@ def precompose(extra_args: dict[str, Any], prepare: Callable[[Any], Any]) -> dic
 
 def _precompose(func: Callable[..., Any], prepare: Callable[[Any], Any]) -> Any:
     @ft.wraps(func)  # optax reads the names of its arguments
-    def prepared(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepared(params: PyTree, *args: object, **kwargs: object) -> Any:
         return func(prepare(params), *args, **kwargs)
 
     return prepared
@@ -230,14 +234,14 @@ class Entry(NamedTuple):
     leaf: Any
 
 
-def locate(opt_state: Any, names: tuple[str, ...]) -> Iterator[Entry]:
+def locate(opt_state: PyTree, names: tuple[str, ...]) -> Iterator[Entry]:
     """The leaves of an optax state, in the order of JAX.
 
     What optax keeps for each parameter it keeps in a dict like that of the parameters.
     """
     keys = set(names)
 
-    def is_known(node: Any) -> bool:
+    def is_known(node: object) -> bool:
         return isinstance(node, GroupStates) or (isinstance(node, dict) and node.keys() == keys)
 
     for path, node in jtu.tree_flatten_with_path(opt_state, is_leaf=is_known)[0]:
@@ -283,11 +287,11 @@ def carry_over(
     return leaves
 
 
-def _is_alike(old: Any, new: Any) -> bool:
+def _is_alike(old: PyTree, new: PyTree) -> bool:
     return jnp.shape(old) == jnp.shape(new) and jnp.result_type(old) == jnp.result_type(new)
 
 
-def keep_dtypes(old: Any, new: Any) -> Any:
+def keep_dtypes(old: PyTree, new: PyTree) -> Any:
     """The next state of a transformation, in the dtypes that the old one has.
 
     Some of optax change them, or start with weak types and go on with others, so that a
@@ -298,12 +302,12 @@ def keep_dtypes(old: Any, new: Any) -> Any:
     return jtu.tree_map(lambda x, like: _cast(x, jnp.result_type(like)), new, old)
 
 
-def strengthen(opt_state: Any) -> Any:
+def strengthen(opt_state: PyTree) -> Any:
     """A first state, as arrays of dtypes that promotion keeps."""
     is_array = eqx.is_array_like
     return jtu.tree_map(lambda x: _cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)
 
 
-def _cast(leaf: Any, dtype: Any) -> Any:
+def _cast(leaf: Any, dtype: DTypeLike) -> Any:
     is_kept = eqx.is_array(leaf) and leaf.dtype == dtype and not jax.typeof(leaf).weak_type
     return leaf if is_kept else jnp.asarray(leaf, dtype)

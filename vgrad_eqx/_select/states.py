@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._tree.flat import FlatTree, widen
 from .._tree.state import find_states
 from .._tree.text import near_misses, quote, show
-from .._tree.types import PyTree
+from .._tree.types import PyTree, Unit
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
 from .selectors import as_selector, select, select_any, SelectorLike
 
@@ -133,7 +134,7 @@ def apply_updates(tree: _T, updates: PyTree) -> _T:
 
 
 def _merge(
-    tree: Any,
+    tree: PyTree,
     values: Mapping[str, Any],
     caller: str,
     merge_leaf: Callable[[Any, Any, str], Any],
@@ -167,7 +168,7 @@ def _merge(
     return flat.unflatten(merged)
 
 
-def _replace(leaf: Any, value: Any, where: str) -> Any:
+def _replace(leaf: object, value: object, where: str) -> Any:
     old, unit = split_unit(leaf)
     new, new_unit = split_unit(value)
     if not eqx.is_array_like(new) or not (hasattr(new, "dtype") or new_unit is not None):
@@ -182,7 +183,7 @@ def _replace(leaf: Any, value: Any, where: str) -> Any:
     return attach_unit(new, unit)
 
 
-def add(leaf: Any, update: Any, where: str) -> Any:
+def add(leaf: object, update: Any, where: str) -> Any:
     """The sum, in the dtype and the unit of the leaf."""
     if update is None:
         raise ValueError(f"{where} must be an array. Got None. Leave the path out instead.")
@@ -207,7 +208,7 @@ def add(leaf: Any, update: Any, where: str) -> Any:
     return attach_unit(total.astype(old_dtype), unit)
 
 
-def _convert(number: Any, unit: Any, to: Any, where: str) -> Any:
+def _convert(number: ArrayLike, unit: Unit, to: Unit, where: str) -> Any:
     """The number in another unit of the same dimension."""
     text = f"{where} must have the dimension of the leaf."
     _, factor = find_factors([to, unit], text, ["leaf", "value"])

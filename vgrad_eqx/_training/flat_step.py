@@ -23,6 +23,7 @@ from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
 from .._tree.sharding import constrain, find_sharding, spread
 from .._tree.state import write
 from .._tree.text import show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
 from .accumulation import accumulate, check_leading_axis, is_array, Result
 from .loss import make_loss
@@ -99,12 +100,12 @@ class FlatStep:
 
     def __init__(
         self,
-        owner: Any,
+        owner: object,
         options: Options,
         flat: FlatTree,
         optimizer: Optimizer,
-        key: Any,
-        nn_state: Any,
+        key: jax.Array | None,
+        nn_state: PyTree,
         states: StateFunction | None = None,
     ):
         self.owner = owner
@@ -191,7 +192,7 @@ class FlatStep:
         return structures, static, arrays
 
     def start(
-        self, flat: FlatTree, optimizer: Optimizer, key: Any, nn_state: Any
+        self, flat: FlatTree, optimizer: Optimizer, key: jax.Array | None, nn_state: PyTree
     ) -> tuple[tuple[Any, ...], list[Any]]:
         """The leaves to begin with, and the frozen ones."""
         params = [flat.leaves[i] for i in self._chosen]
@@ -210,11 +211,15 @@ class FlatStep:
         flat_step = FlatStep(self.owner, self.options, flat, optimizer, key, nn_state, states)
         return flat_step, flat_step.start(flat, optimizer, key, nn_state)[0]
 
-    def run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+    def run(
+        self, leaves: Sequence[jax.Array], frozen: Sequence[jax.Array], batch: PyTree
+    ) -> Any:
         """Takes the steps of one call, for a batch without keyword arguments."""
         return self._run(leaves, frozen, (batch, {}))
 
-    def _run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+    def _run(
+        self, leaves: Sequence[jax.Array], frozen: Sequence[jax.Array], batch: PyTree
+    ) -> Any:
         """Takes the steps of one call. Returns the next leaves and the three metrics."""
         arrays = list(leaves) if self._packing is None else self._packing.unpack(leaves)
         inputs = split_arrays(batch, is_array)
@@ -230,7 +235,11 @@ class FlatStep:
         return leaves, metrics.value, metrics.aux, metrics.grad_norms
 
     def _once(
-        self, arrays: Sequence[Any], frozen: Any, inputs: Sequence[Any], rest: Rest
+        self,
+        arrays: Sequence[Any],
+        frozen: Sequence[jax.Array],
+        inputs: Sequence[Any],
+        rest: Rest,
     ) -> tuple[list[Any], Metrics]:
         """Takes one step."""
         params, opt_state, keys, first_nn_state = jtu.tree_unflatten(self._carry, arrays)
@@ -239,21 +248,23 @@ class FlatStep:
         keys, subkey = self._split_key(keys)
         num_parts = self.options.accumulate
 
-        def list_arguments(model: Any, nn_state: Any, key: Any, inputs: Any) -> Any:
+        def list_arguments(
+            model: PyTree, nn_state: PyTree, key: jax.Array | None, inputs: PyTree
+        ) -> Any:
             batch, kwargs = rest.combine(inputs)
             # A copy, because an `equinox.nn.State` is used up by the function that changes it.
             states = () if nn_state is None else (jtu.tree_map(lambda leaf: leaf, nn_state),)
             kwargs = kwargs if key is None else dict(key=key, **kwargs)
             return (model, *states, *batch), kwargs
 
-        def differentiate(nn_state: Any, key: Any, inputs: Any) -> Result:
+        def differentiate(nn_state: PyTree, key: jax.Array | None, inputs: PyTree) -> Result:
             args, kwargs = list_arguments(model, nn_state, key, inputs)
             grads, value, *others = self._transform(*args, **kwargs)
             aux, nn_state = self._split_aux(others, nn_state)
             return Result([grads[name] for name in optimizer.names], value, aux, nn_state)
 
-        def evaluate(model: Any) -> Any:
-            def value(_: Any, key: Any, inputs: Any) -> Result:
+        def evaluate(model: PyTree) -> Any:
+            def value(_: Any, key: jax.Array | None, inputs: PyTree) -> Result:
                 args, kwargs = list_arguments(model, first_nn_state, key, inputs)
                 out = self._func(*args, **kwargs)
                 return Result([], out[0] if self._has_aux else out, None, None)
@@ -293,7 +304,7 @@ class FlatStep:
             )
         return written
 
-    def _average(self, value: Any) -> Any:
+    def _average(self, value: object) -> Any:
         """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
         numbers, output = split_output(value, None, "train_step")
         text = "`train_step(func=...)` must return outputs of one dimension."
@@ -301,7 +312,7 @@ class FlatStep:
         total = sum(jnp.sum(scale_number(x, f)) for x, f in zip(numbers, factors, strict=True))
         return attach_unit(total / self.options.accumulate, output.units[0])
 
-    def _split_aux(self, others: list[Any], nn_state: Any) -> tuple[Any, Any]:
+    def _split_aux(self, others: list[Any], nn_state: PyTree) -> tuple[Any, Any]:
         """The auxiliary data, and the next `equinox.nn.State`."""
         if nn_state is None:
             return (others[0] if others else None), None
@@ -326,7 +337,7 @@ class FlatStep:
     def get_model(self, leaves: Sequence[Any], frozen: Sequence[Any]) -> Any:
         return self._build(_copy(self._read(leaves).params), frozen)
 
-    def get_optimizer(self, leaves: Sequence[Any], count: Any) -> Optimizer:
+    def get_optimizer(self, leaves: Sequence[Any], count: int | jax.Array) -> Optimizer:
         opt_state = _copy(self._read(leaves).opt_state)
         return self._build_optimizer(opt_state, jnp.asarray(count, jnp.int32))
 
@@ -343,7 +354,7 @@ class FlatStep:
     def get_key(self, leaves: Sequence[Any]) -> Any:
         return self._wrap_key(_copy(self._read(leaves).key))
 
-    def sync(self, leaves: Sequence[Any], count: Any) -> None:
+    def sync(self, leaves: Sequence[Any], count: int | jax.Array) -> None:
         """Gives the states by reference the values that are carried."""
         assert self.states is not None
         carry = _copy(self._read(leaves))
@@ -396,7 +407,7 @@ class FlatStep:
     def _build(self, params: Sequence[Any], frozen: Sequence[Any]) -> Any:
         return self._rest.combine([*params, *frozen])
 
-    def _build_optimizer(self, opt_state: Any, count: Any) -> Optimizer:
+    def _build_optimizer(self, opt_state: PyTree, count: int | jax.Array) -> Optimizer:
         return jtu.tree_unflatten(self._optimizer, [*jtu.tree_leaves(opt_state), count])
 
     def _split_key(self, keys: list[Any]) -> tuple[list[Any], Any]:
@@ -423,17 +434,17 @@ CONCRETE: set[type] = set()
 _is_module = type.__instancecheck__.__get__(eqx.Module)
 
 
-def _trace_number(leaf: Any) -> Any:
+def _trace_number(leaf: object) -> Any:
     is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
     return jnp.asarray(leaf) if is_number else leaf
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     number, unit = split_unit(leaf)
     return unit is not None or eqx.is_array(number) or isinstance(number, np.ndarray)
 
 
-def _drop_if_rejected(opt_state: Any, new: Any, old: Any) -> Any:
+def _drop_if_rejected(opt_state: PyTree, new: PyTree, old: PyTree) -> Any:
     """The next `equinox.nn.State`, or the old one if `optax.apply_if_finite` sees a NaN."""
     is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)
     guards = list(filter(is_guard, jtu.tree_leaves(opt_state, is_leaf=is_guard)))
@@ -451,13 +462,13 @@ def _list_kinds(carry: Carry, optimizer: Optimizer) -> list[Hashable]:
     return [*["parameter"] * len(carry.params), *of_state, *[None] * len(others)]
 
 
-def _find_impl(key: Any) -> Any:
+def _find_impl(key: jax.Array | None) -> Any:
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return None
     return jr.key_impl(key)
 
 
-def _strip_key(key: Any) -> list[Any]:
+def _strip_key(key: jax.Array | None) -> list[Any]:
     """The numbers of a key, which JAX passes to compiled functions faster than the key."""
     if key is None:
         return []

@@ -1,5 +1,6 @@
 """What a training step takes and returns."""
 
+from collections.abc import Sequence
 from typing import Any, Generic, Self, TypeVar
 
 import jax
@@ -9,6 +10,7 @@ from jax.typing import ArrayLike
 
 from .._optimizers.optimizer import Optimizer
 from .._tree.flat import is_any_traced
+from .._tree.types import PyTree
 from .flat_step import CONCRETE, FlatStep
 
 
@@ -65,9 +67,9 @@ class TrainState(Generic[_M]):
     def __init__(
         self,
         flat_step: FlatStep,
-        frozen: Any,
-        leaves: Any,
-        count: Any,
+        frozen: Sequence[jax.Array],
+        leaves: Sequence[jax.Array],
+        count: int | jax.Array,
         history: "History | None" = None,
     ):
         self.flat_step = flat_step
@@ -77,7 +79,13 @@ class TrainState(Generic[_M]):
         self.history = history
 
     @classmethod
-    def begin(cls, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any) -> Self:
+    def begin(
+        cls,
+        flat_step: FlatStep,
+        frozen: Sequence[jax.Array],
+        leaves: Sequence[jax.Array],
+        count: int | jax.Array,
+    ) -> Self:
         """A state that was not made of another one."""
         keep_every = flat_step.options.keep_every
         history = History(keep_every) if keep_every else None
@@ -137,7 +145,7 @@ class TrainState(Generic[_M]):
         self.history.latest = self
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         assert self.history is not None
         latest, kept = self.history.latest, self.history.kept
         if error is None or _is_good(latest):
@@ -169,7 +177,7 @@ class TrainState(Generic[_M]):
     def is_donated(self) -> bool:
         return any(type(leaf) in CONCRETE and leaf.is_deleted() for leaf in self.leaves)
 
-    def take_over(self, leaves: Any) -> None:
+    def take_over(self, leaves: Sequence[jax.Array]) -> None:
         """Becomes the next state, which nobody has got because of an interrupt."""
         if hasattr(self, "_model"):
             del self._model
@@ -239,7 +247,9 @@ def _is_good(state: TrainState | None) -> bool:
     return True
 
 
-def _restore(owner: Any, model: Any, key: Any, nn_state: Any, optimizer: Any) -> TrainState:
+def _restore(
+    owner: Any, model: PyTree, key: jax.Array | None, nn_state: PyTree, optimizer: Any
+) -> TrainState:
     return owner.init(model, key=key, nn_state=nn_state, optimizer=optimizer)
 
 
@@ -254,7 +264,7 @@ def _flatten(state: TrainState) -> tuple[Any, FlatStep]:
     return tuple(zip(_NAMES, (state.leaves, state.frozen, count), strict=True)), state.flat_step
 
 
-def _unflatten(flat_step: FlatStep, children: Any) -> TrainState:
+def _unflatten(flat_step: FlatStep, children: PyTree) -> TrainState:
     leaves, frozen, count = children
     state = TrainState.begin(flat_step, frozen, leaves, count)
     state._is_rebuilt = True  # noqa: SLF001

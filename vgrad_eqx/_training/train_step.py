@@ -157,12 +157,12 @@ class _Trainer:
 
     def init(
         self,
-        model: Any = None,
+        model: PyTree = None,
         *,
-        key: Any = None,
-        nn_state: Any = None,
+        key: jax.Array | None = None,
+        nn_state: PyTree = None,
         optimizer: Any = None,
-        batch: Any = None,
+        batch: PyTree = None,
     ) -> TrainState:
         _check_parts(key, nn_state, batch)
         states = None
@@ -193,7 +193,7 @@ class _Trainer:
             return _extend(state, unknown)
         return state
 
-    def _init_optimizer(self, model: Any, flat: FlatTree, optimizer: Any) -> Optimizer:
+    def _init_optimizer(self, model: PyTree, flat: FlatTree, optimizer: Any) -> Optimizer:
         if model is None:
             raise TypeError(
                 "`train_step(...).init(model)` needs the module, of which `grad_states` "
@@ -214,7 +214,7 @@ class _Trainer:
         return optimizer
 
     def _init_over_states(
-        self, model: Any, nn_state: Any, optimizer: Any
+        self, model: PyTree, nn_state: PyTree, optimizer: object
     ) -> tuple[Optimizer, StateFunction]:
         if model is not None or nn_state is not None:
             raise TypeError(
@@ -242,7 +242,7 @@ class _Trainer:
                 "selector, tx=tx)`, or pass its own to `train_step`."
             )
 
-    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+    def lower(self, state: TrainState, /, *batch: PyTree, **kwargs: object) -> Any:
         self.check(state)
         compiled, inputs = state.flat_step.find_program(batch, kwargs)
         try:
@@ -250,7 +250,7 @@ class _Trainer:
         except UnknownStates as unknown:
             return self.lower(_extend(state, unknown), *batch, **kwargs)
 
-    def check(self, state: Any) -> None:
+    def check(self, state: PyTree) -> None:
         """Refuses what a step cannot take."""
         if not isinstance(state, TrainState):
             raise TypeError(
@@ -268,7 +268,9 @@ class _Trainer:
 def _make_step(trainer: _Trainer) -> TrainStep:
     # A function, because Python handles Ctrl-C when an object has been called, and nothing has
     # stored its result yet; but not when a function has been.
-    def step(state: TrainState, /, *batch: Any, **kwargs: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, /, *batch: PyTree, **kwargs: object
+    ) -> tuple[TrainState, Metrics]:
         if type(state) is not TrainState or state.flat_step.owner is not trainer:
             trainer.check(state)
         flat_step, leaves = state.flat_step, None
@@ -314,7 +316,7 @@ def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
         raise clear from None
 
 
-def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
+def _check_parts(key: jax.Array | None, nn_state: PyTree, batch: PyTree) -> None:
     """Refuses what is not meant for `init`."""
     dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
@@ -460,7 +462,7 @@ def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
     return TrainState(flat_step, state.frozen, leaves, state.count, state.history)
 
 
-def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
+def _is_same(optimizer: StateOptimizer, states: PyTree) -> bool:
     entries = [
         jtu.tree_flatten(tree, is_leaf=is_reference) for tree in (optimizer.states, states)
     ]

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from .cache import is_equal
 from .flat import FlatTree, Split
 from .text import show
+from .types import PyTree
 from .units import find_factor, scale_number, split_unit
 
 
@@ -121,7 +122,7 @@ class State(Generic[_T]):
                 write(ref, old, self)
             raise
 
-    def _find_arrays(self, value: Any) -> Sequence[Any] | None:
+    def _find_arrays(self, value: object) -> Sequence[Any] | None:
         """The arrays in a value for this state, or `None` if the value does not fit."""
         flat, rest = FlatTree(value), self.content.rest
         if flat.structure != rest.structure:
@@ -165,7 +166,7 @@ class State(Generic[_T]):
 
     # Without these, NumPy would make an array of objects of it, and Equinox, when it saves a
     # module, would leave it out and say nothing.
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: object, **kwargs: object) -> Any:
         raise TypeError(
             f"{self!r} is a reference and no array. Take its `value`. To save the states of a "
             "module, use `vg.save`."
@@ -174,7 +175,7 @@ class State(Generic[_T]):
     __jax_array__ = __array__
 
 
-def _make_state(cls: type[State], value: Any, name: str | None) -> State:
+def _make_state(cls: type[State], value: object, name: str | None) -> State:
     state = cls.__new__(cls)
     State.__init__(state, value, name)
     return state
@@ -196,7 +197,7 @@ def refuse_brainstate(leaves: Sequence[Any], caller: str) -> None:
             )
 
 
-def is_reference(node: Any) -> bool:
+def is_reference(node: object) -> bool:
     return isinstance(node, State | jax.Ref)
 
 
@@ -260,11 +261,11 @@ class StandIn(jax.core.Tracer):
 _stand_ins: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
 
 
-def find_stand_in(ref: Any) -> StandIn | None:
+def find_stand_in(ref: object) -> StandIn | None:
     return _stand_ins.get(id(ref))
 
 
-def describe(ref: Any) -> str:
+def describe(ref: object) -> str:
     """What errors call a reference."""
     stand_in = find_stand_in(ref)
     return "A `jax.Ref`" if stand_in is None else stand_in.describe()
@@ -278,7 +279,7 @@ batching.defvectorized(hold_p)
 mlir.register_lowering(hold_p, lambda ctx, value: [value])
 
 
-def hold(value: Any) -> Any:
+def hold(value: object) -> Any:
     """The value itself, as the result of an operation."""
     return hold_p.bind(value)
 
@@ -287,7 +288,7 @@ def hold(value: Any) -> Any:
 lock = threading.RLock()
 
 
-def is_traced(ref: Any) -> bool:
+def is_traced(ref: object) -> bool:
     """Whether a reference was made in a function while JAX traced it."""
     return isinstance(ref, jax.core.Tracer)
 
@@ -308,7 +309,7 @@ def read(ref: jax.Ref) -> Any:
         ) from error
 
 
-def write(ref: jax.Ref, value: Any, name: Any) -> Any:
+def write(ref: jax.Ref, value: object, name: object) -> Any:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
     overlay = active.overlays[-1] if active.overlays and not is_traced(ref) else None
     if overlay is not None and overlay.is_current():
@@ -334,7 +335,7 @@ def write(ref: jax.Ref, value: Any, name: Any) -> Any:
             ) from error
 
 
-def _swap(ref: jax.Ref, value: Any) -> Any:
+def _swap(ref: jax.Ref, value: object) -> Any:
     try:
         return jax.ref.swap(ref, ..., value)
     except RuntimeError as error:
@@ -352,23 +353,23 @@ def find_states(leaves: Sequence[Any]) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if isinstance(leaf, State)]
 
 
-def _holds_array(leaf: Any) -> bool:
+def _holds_array(leaf: object) -> bool:
     number, unit = split_unit(leaf)
     return _is_array(number) or (unit is not None and isinstance(number, int | float | complex))
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
 
 
-def _make_ref(leaf: Any) -> jax.Ref:
+def _make_ref(leaf: object) -> jax.Ref:
     array = jnp.asarray(leaf)
     return jax.new_ref(
         jnp.asarray(array, array.dtype) if jax.typeof(array).weak_type else array
     )
 
 
-def _fits(new: Any, ref: jax.Ref) -> bool:
+def _fits(new: PyTree, ref: jax.Ref) -> bool:
     """Whether a reference may be set to an array or a number."""
     if not _is_array(new) and not isinstance(new, bool | int | float | complex):
         return False
