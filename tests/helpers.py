@@ -28,9 +28,8 @@ WAYS = {"eager": lambda func: func, "jit": jax.jit, "filter_jit": eqx.filter_jit
 
 def draw(num_examples):
     """Draws so many examples of each ten, of those which take long to compile."""
-    return hypothesis.settings(
-        max_examples=num_examples * hypothesis.settings.default.max_examples // 10
-    )
+    default = hypothesis.settings().max_examples
+    return hypothesis.settings(max_examples=num_examples * default // 10)
 
 
 class Counted:

@@ -203,7 +203,7 @@ def test_keyword_arguments_are_bound_as_positional_ones():
     func(jnp.ones(2), y=jnp.ones(2))
     assert counted.calls == 2
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
-        func(y=jnp.ones(2))
+        func(y=jnp.ones(2))  # pyright: ignore[reportCallIssue]
 
 
 def test_warnings_of_donated_arrays():

@@ -283,7 +283,7 @@ def test_results_have_the_types_that_jax_gives():
     for x in (jnp.arange(3), jnp.asarray(2.0), np.arange(3)):
         results, expected = vg.jit(func)(x), jax.jit(func)(x)
         types = [
-            [(y.dtype, jax.typeof(y).weak_type) for y in each if eqx.is_array(y)]
+            [(y.dtype, jax.typeof(y).weak_type) for y in each if isinstance(y, jax.Array)]
             for each in (results, expected)
         ]
         assert types[0] == types[1][: len(types[0])]

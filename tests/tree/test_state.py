@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import brainunit as u
 import equinox as eqx
@@ -54,7 +55,7 @@ def test_any_pytree_is_a_value(make):
 
 def test_number_becomes_an_array_of_strong_type():
     for number, dtype in ((2.5, jnp.result_type(float)), (3, jnp.result_type(int))):
-        value = vg.State(number).value
+        value: Any = vg.State(number).value
         assert value.dtype == dtype
         assert not value.weak_type
     assert not vg.State(jnp.asarray(2.5)).value.weak_type

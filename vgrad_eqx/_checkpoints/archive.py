@@ -153,7 +153,7 @@ def parse_dict(text: str) -> dict[str, Any]:
     raise ValueError("It must be a dict.")
 
 
-def _parse_tensor(value: Any, start: int) -> Tensor:
+def _parse_tensor(value: object, start: int) -> Tensor:
     match value:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
             check_sizes([*shape, begin, end])
@@ -224,7 +224,7 @@ class Digest:
         return self._total.hexdigest()
 
 
-def _start(pool: ThreadPoolExecutor, func: Callable[..., Any], *args: Any) -> Future[Any]:
+def _start(pool: ThreadPoolExecutor, func: Callable[..., Any], *args: object) -> Future[Any]:
     try:
         return pool.submit(func, *args)
     except RuntimeError:  # the interpreter is at its end, and starts no threads

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
 from .._tree.state import read, State, write
+from .._tree.types import PyTree
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
 from .differences import check_rename, Differences, offer_rename
@@ -23,7 +24,7 @@ from .sources import escape, make_error, open_source, Shards, Source, VERSION
 _T = TypeVar("_T")
 
 
-def save(path: str | os.PathLike[str], tree: Any) -> None:
+def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes all arrays of a pytree to a file, by name.
 
     The file is in the format of safetensors, and holds no code. A new file is written beside
@@ -220,11 +221,11 @@ def _fill(
     return leaves
 
 
-def _is_train_state(node: Any) -> bool:
+def _is_train_state(node: object) -> bool:
     return isinstance(node, TrainState)
 
 
-def _expand(tree: Any) -> Any:
+def _expand(tree: PyTree) -> Any:
     """The pytree with the arrays of training states by name."""
     return jtu.tree_map(
         lambda node: node.to_tree() if _is_train_state(node) else node,
@@ -233,7 +234,7 @@ def _expand(tree: Any) -> Any:
     )
 
 
-def _collect(like: Any, expanded: Any) -> Any:
+def _collect(like: PyTree, expanded: PyTree) -> Any:
     """The inverse of `_expand`."""
     nodes, structure = jtu.tree_flatten(like, is_leaf=_is_train_state)
     filled = [

@@ -95,7 +95,7 @@ def _rename(name: str, rename: Rename) -> str:
     return file_name
 
 
-def check_rename(rename: Any, names: Mapping[str, Any]) -> None:
+def check_rename(rename: object, names: Mapping[str, Any]) -> None:
     """Refuses what is neither a function nor a dict from the paths of arrays."""
     if not (rename is None or callable(rename) or isinstance(rename, Mapping)):
         raise TypeError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._tree.state import read
 from .._tree.units import attach_unit, describe_unit, is_unit, split_unit
@@ -67,12 +68,12 @@ _ARRAYS = jax.Array | jax.Ref | np.ndarray | np.generic | jax.ShapeDtypeStruct
 _NUMBERS = bool | int | float | complex
 
 
-def is_saved(leaf: Any) -> bool:
+def is_saved(leaf: object) -> bool:
     number, _ = split_unit(leaf)
     return isinstance(number, _ARRAYS | _NUMBERS) and not isinstance(number, str | bytes)
 
 
-def is_python_number(leaf: Any) -> bool:
+def is_python_number(leaf: object) -> bool:
     return isinstance(leaf, _NUMBERS) and not isinstance(leaf, np.generic)
 
 
@@ -80,7 +81,7 @@ def is_key(number: Any) -> bool:
     return hasattr(number, "dtype") and jnp.issubdtype(number.dtype, jax.dtypes.prng_key)
 
 
-def describe(leaf: Any) -> Entry:
+def describe(leaf: object) -> Entry:
     number, unit = split_unit(leaf)
     if is_key(number):
         impl, data = _describe_key(number)
@@ -93,7 +94,7 @@ def describe(leaf: Any) -> Entry:
     return Entry("array", dtype.name, jnp.shape(number), describe_unit(unit))
 
 
-def _describe_key(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
+def _describe_key(key: jax.Array) -> tuple[Any, jax.ShapeDtypeStruct]:
     """The implementation of a key, of which the shape and the dtype suffice, and its data."""
     impls = []
 
@@ -105,7 +106,7 @@ def _describe_key(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
     return impls[0], data
 
 
-def fetch(leaf: Any) -> np.ndarray:
+def fetch(leaf: object) -> np.ndarray:
     """The numbers of a leaf, in the order of C and with the lowest byte first."""
     number, unit = split_unit(leaf)
     if isinstance(number, jax.Ref):
@@ -130,7 +131,7 @@ def _share(array: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, buffers)
 
 
-def _as_array(number: Any) -> np.ndarray:
+def _as_array(number: ArrayLike) -> np.ndarray:
     if not isinstance(number, int) or isinstance(number, bool):
         return np.asarray(number)
     if -(2**63) <= number < 2**63:
@@ -139,7 +140,7 @@ def _as_array(number: Any) -> np.ndarray:
     return np.frombuffer(number.to_bytes(size, "little", signed=True), np.uint8)
 
 
-def restore(leaf: Any, array: np.ndarray) -> Any:
+def restore(leaf: object, array: np.ndarray) -> Any:
     """The array, as what stands in the place of `leaf`. It is nobody else's."""
     number, unit = split_unit(leaf)
     if is_python_number(number) and unit is None:
@@ -164,7 +165,7 @@ def restore(leaf: Any, array: np.ndarray) -> Any:
     return value if isinstance(number, jax.Ref) else attach_unit(value, unit)
 
 
-def find_obstacle(leaf: Any) -> str | None:
+def find_obstacle(leaf: object) -> str | None:
     """Why a leaf can be neither saved nor left out, and what to do."""
     number, _ = split_unit(leaf)
     if isinstance(number, np.ndarray | np.generic) and not isinstance(number, str | bytes):
@@ -183,7 +184,7 @@ def find_obstacle(leaf: Any) -> str | None:
     return None
 
 
-def _find_obstacle_of_numpy(array: Any) -> str | None:
+def _find_obstacle_of_numpy(array: np.ndarray | np.generic) -> str | None:
     if isinstance(array, np.ma.MaskedArray):
         return "a masked array. Put its `data` and its `mask` into a dict"
     if isinstance(array, np.ndarray) and type(array) not in (np.ndarray, np.memmap):
@@ -208,7 +209,7 @@ _HARMLESS = (str, bytes, type, np.dtype, *_FUNCTIONS)
 _MOST_OBJECTS = 10_000  # in 10 ms, of an object that holds half of a program
 
 
-def _holds_array(leaf: Any) -> bool:
+def _holds_array(leaf: object) -> bool:
     """Whether an object that is no pytree holds an array, which would be left out with it."""
     seen: dict[int, Any] = {}  # and alive, so that each `id` is its own
     pending = collections.deque([leaf])
@@ -223,14 +224,14 @@ def _holds_array(leaf: Any) -> bool:
     return False
 
 
-def _is_array(node: Any) -> bool:
+def _is_array(node: object) -> bool:
     number, _ = split_unit(node)
     if isinstance(number, np.ndarray | np.generic):
         return isinstance(number, np.ndarray) and _has_numbers(number.dtype)
     return isinstance(number, _ARRAYS) or hasattr(node, "__array__")
 
 
-def _list_parts(node: Any) -> list[Any]:
+def _list_parts(node: object) -> list[Any]:
     if hasattr(node, "__wrapped__"):  # a function, compiled or with rules of its own
         return []
     if isinstance(node, ft.partial):

@@ -119,7 +119,7 @@ def make_error(path: str, reason: str) -> ValueError:
     )
 
 
-def _parse_entry(value: Any) -> Entry:
+def _parse_entry(value: object) -> Entry:
     match value:
         case [str(), str(), [*_], None | [str(), str(), str()]]:
             pass
@@ -199,7 +199,7 @@ def _read_index(path: str) -> dict[str, str]:
     )
 
 
-def _is_file_name(name: Any) -> bool:
+def _is_file_name(name: object) -> bool:
     return (
         isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name
     )

@@ -9,6 +9,8 @@ import jax
 import jax.core
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
+from .._tree.types import PyTree
+
 
 # `equinox.error_if` is of the first kind.
 CALLBACKS = ("pure_callback",)
@@ -24,7 +26,7 @@ def has_callback(jaxpr: Jaxpr, names: Sequence[str] = CALLBACKS) -> bool:
     )
 
 
-def wait(compiled: Callable[..., Any], *inputs: Any) -> Any:
+def wait(compiled: Callable[..., Any], *inputs: PyTree) -> Any:
     """Calls a compiled function, and waits, so that its errors are raised here.
 
     Without the traceback of the callback, which JAX would print besides.

@@ -9,7 +9,17 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    overload,
+    ParamSpec,
+    Self,
+    TYPE_CHECKING,
+    TypeVar,
+)
 
 import jax
 import jax.tree_util as jtu
@@ -31,7 +41,44 @@ from .over_states import NotTraced, StateProgram
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
 
 
-def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
+_P = ParamSpec("_P")
+_Q = ParamSpec("_Q")
+_T = TypeVar("_T")
+_Owner = TypeVar("_Owner")
+
+
+# A partial function, because Python calls one faster than any other object.
+class Jitted(ft.partial[_T], Generic[_P, _T]):
+    """A function that [`vgrad_eqx.jit`][] has compiled."""
+
+    __name__: str
+    lower: Callable[_P, Any]
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T: ...
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(
+        self: "Jitted[Concatenate[_Owner, _Q], _T]", instance: _Owner, owner: type
+    ) -> Callable[_Q, _T]: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+
+@overload
+def jit(*, donate: Donate = "none") -> Callable[[Callable[_P, _T]], Jitted[_P, _T]]: ...
+
+
+@overload
+def jit(func: Callable[_P, _T], *, donate: Donate = "none") -> Jitted[_P, _T]: ...
+
+
+def jit(func: Callable[..., Any] = MISSING, *, donate: Donate = "none") -> Any:
     """Compiles a function, whose calls then cost little more than `jax.jit` over flat arrays.
 
     What `equinox.filter_jit` does, for gradients and for any other function: JAX and NumPy
@@ -103,12 +150,11 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
     return _compile(func, donate)
 
 
-def _compile(func: Any, donate: Donate) -> Any:
+def _compile(func: Callable[..., Any], donate: Donate) -> Any:
     programs = _find_programs(func, donate)
     # The arrays of the function are arguments as well, or they would be constants.
     own = split_arrays(func, _is_array).diff
 
-    # A function, because Python calls one faster than an object, and a module slower yet.
     def call(first=MISSING, /, *rest, **kwargs):
         program = programs.latest
         is_bound = first is not MISSING or not kwargs
@@ -130,16 +176,21 @@ def _compile(func: Any, donate: Donate) -> Any:
         program, (arrays, others) = programs.find(func, first, rest, kwargs)
         return program, (arrays, [*others, *own])
 
-    vars(call)["lower"] = ft.partial(_lower, read)
-    return ft.update_wrapper(call, func, updated=())
+    jitted = Jitted(ft.update_wrapper(call, func, updated=()))
+    jitted.lower = ft.partial(_lower, read)
+    return ft.update_wrapper(jitted, func, updated=())
 
 
-def _lower(read: Callable[..., tuple["_Program", Arrays]], *args: Any, **kwargs: Any) -> Any:
+def _lower(
+    read: Callable[..., tuple["_Program", Arrays]], *args: object, **kwargs: object
+) -> Any:
     program, inputs = read(*args, **kwargs)
     return _Lowered(program.lower(inputs), read)
 
 
-def _bind(func: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _bind(
+    func: Callable[..., Any], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Keyword arguments as the first one, other positional ones, and the rest."""
     try:
         bound = inspect.signature(func).bind(**kwargs)
@@ -170,7 +221,11 @@ class _Programs:
         self.latest: Any = _NoProgram
 
     def find(
-        self, func: Any, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        first: Any,
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple["_Program", Arrays]:
         """A program for these arguments, and what it takes."""
         if first is MISSING and kwargs:
@@ -192,7 +247,7 @@ class _Programs:
         return program, inputs
 
 
-def _find_programs(func: Any, donate: Donate) -> _Programs:
+def _find_programs(func: Callable[..., Any], donate: Donate) -> _Programs:
     """The programs of a function, which are the same if it is passed to `jit` again.
 
     They serve all modules that differ from it in their arrays only. They hold the Python
@@ -301,7 +356,7 @@ class _Program:
     def _learn(self, inputs: Arrays) -> None:
         """Traces the function, and finds out how to call it: what it does at run time."""
         jaxpr = self._jitted.trace(*inputs).jaxpr
-        self._refs |= {id(ref): ref for ref in filter(is_concrete_ref, jaxpr.consts)}
+        self._refs |= {id(ref): ref for ref in jaxpr.consts if is_concrete_ref(ref)}
         if self._refs:
             self._waits |= has_callback(jaxpr.jaxpr, ANY_CALLBACK)
             refs, is_donated = list(self._refs.values()), self._donate in ("all", "warn")
@@ -351,10 +406,10 @@ class _Lowered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lowered, name)
 
-    def compile(self, *args: Any, **kwargs: Any) -> "_Lowered":
+    def compile(self, *args: object, **kwargs: object) -> "_Lowered":
         return _Lowered(self._lowered.compile(*args, **kwargs), self._read)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         _, inputs = self._read(*args, **kwargs)
         return self._lowered(*inputs)()
 
@@ -373,7 +428,7 @@ def _refuse_unhashable(*rests: Rest) -> None:
                 ) from error
 
 
-def _mark_numbers(func: Any, args: list[Any]) -> list[Any]:
+def _mark_numbers(func: Callable[..., Any], args: list[Any]) -> list[Any]:
     """The arguments, with an array for each Python number that a gradient is by."""
     if not isinstance(func, GradientTransform):
         return args
@@ -399,5 +454,5 @@ _MOST = 63
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return isinstance(leaf, _ARRAYS) and not is_reference(leaf)

@@ -1,17 +1,19 @@
 """Optax transformations that update the chosen leaves of a module, or states by reference."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.typing import ArrayLike
 
-from .._select.selectors import as_selector, select
+from .._select.selectors import as_selector, select, SelectorLike
 from .._select.states import add
 from .._tree.flat import FlatTree, replace_at
 from .._tree.text import near_misses, quote, shorten, show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 from .fingerprint import Fingerprinted
 from .hyperparams import is_hyperparam, read_hyperparams, write_hyperparams
@@ -27,8 +29,13 @@ from .partition import (
     map_extra_args,
     strengthen,
     take_extra_args,
+    TxLike,
 )
 from .unitful import naming_leaves_of, UnitfulState
+
+
+_T = TypeVar("_T")
+_O = TypeVar("_O", bound="Optimizer")
 
 
 class Optimizer(eqx.Module):
@@ -80,7 +87,7 @@ class Optimizer(eqx.Module):
     groups: Groups | None = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
 
-    def __init__(self, tx: Any, model: Any, selector: Any = True):
+    def __init__(self, tx: TxLike, model: PyTree, selector: SelectorLike = True):
         flat = FlatTree(model)
         chosen = select(flat, as_selector(selector), "Optimizer(selector=...)")
         check_tx(tx, "Optimizer(tx=...)")
@@ -99,15 +106,15 @@ class Optimizer(eqx.Module):
         """The leaves of the `opt_state`, and what they belong to."""
         return list(locate(self.opt_state, self.names))
 
-    def params(self, model: Any) -> dict[str, Any]:
+    def params(self, model: PyTree) -> dict[str, Any]:
         """The leaves of a module that are updated, by their path."""
         flat = FlatTree(model)
         indices = _find(flat, self.names)
         return {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
 
     def step(
-        self, model: Any, var_grads: Mapping[str, Any], **extra_args: Any
-    ) -> tuple[Any, "Optimizer"]:
+        self, model: _T, var_grads: Mapping[str, Any], **extra_args: object
+    ) -> tuple[_T, Self]:
         """Updates the chosen leaves along their gradients.
 
         **Arguments:**
@@ -134,7 +141,9 @@ class Optimizer(eqx.Module):
         """
         return advance(self, model, var_grads, extra_args, "Optimizer.step")
 
-    def reselect(self, model: Any, selector: Any = True, tx: Any = None) -> "Optimizer":
+    def reselect(
+        self, model: PyTree, selector: SelectorLike = True, tx: TxLike | None = None
+    ) -> "Optimizer":
         """Changes what is trained, and keeps what is known of the leaves that stay.
 
         **Arguments:**
@@ -173,7 +182,7 @@ class Optimizer(eqx.Module):
         """
         return read_hyperparams(self.opt_state)
 
-    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "Optimizer":
+    def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> Self:
         """Changes hyperparameters that `optax.inject_hyperparams` keeps.
 
         **Arguments:**
@@ -196,8 +205,8 @@ class Optimizer(eqx.Module):
 
 # A function, as are all that a step calls, because Equinox wraps a method at each access.
 def advance(
-    opt: Optimizer, model: Any, var_grads: Any, extra_args: dict[str, Any], caller: str
-) -> tuple[Any, Optimizer]:
+    opt: _O, model: _T, var_grads: object, extra_args: dict[str, Any], caller: str
+) -> tuple[_T, _O]:
     flat = FlatTree(model)
     indices = _find(flat, opt.names)
     params = {name: flat.leaves[i] for i, name in zip(indices, opt.names, strict=True)}
@@ -235,7 +244,7 @@ def _find_transformation(opt: Optimizer) -> Any:
     return make_partition(opt.tx.value, lambda _: groups)
 
 
-def _replace(opt: Optimizer, opt_state: Any, count: jax.Array) -> Optimizer:
+def _replace(opt: _O, opt_state: PyTree, count: jax.Array) -> _O:
     _, structure = jtu.tree_flatten(opt, is_leaf=lambda node: node is not opt)
     return jtu.tree_unflatten(structure, [opt_state, count])
 
@@ -278,7 +287,7 @@ def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
     return [places[name] for name in names]
 
 
-def _find_unitful(opt_state: Any) -> set[str]:
+def _find_unitful(opt_state: PyTree) -> set[str]:
     """The paths of the parameters of which optax does not see the units."""
 
     nodes = filter(_is_unitful, jtu.tree_leaves(opt_state, is_leaf=_is_unitful))
@@ -289,7 +298,7 @@ def _find_unitful(opt_state: Any) -> set[str]:
 _is_unitful = type.__instancecheck__.__get__(UnitfulState)
 
 
-def _check_units(opt_state: Any, params: dict[str, Any]) -> None:
+def _check_units(opt_state: PyTree, params: dict[str, Any]) -> None:
     with_units = _find_unitful(opt_state)
     for name, leaf in params.items():
         if split_unit(leaf)[1] is not None and name not in with_units:
@@ -301,7 +310,7 @@ def _check_units(opt_state: Any, params: dict[str, Any]) -> None:
 
 
 def _parse_grads(
-    grads: Any, params: dict[str, Any], with_units: set[str], caller: str
+    grads: PyTree, params: dict[str, Any], with_units: set[str], caller: str
 ) -> dict[str, Any]:
     """The gradients as optax takes them: those of complex leaves are conjugated."""
     if not isinstance(grads, Mapping):
@@ -331,7 +340,7 @@ def _parse_grads(
     return {name: _conjugate(grads[name]) for name in params}
 
 
-def _find_fault(grad: Any, param: Any, with_units: bool) -> str | None:
+def _find_fault(grad: object, param: object, with_units: bool) -> str | None:
     (number, unit), shape = split_unit(grad), jnp.shape(split_unit(param)[0])
     is_array = eqx.is_array_like(number)
     if not (is_array and jnp.issubdtype(jnp.result_type(number), jnp.inexact)):
@@ -343,6 +352,6 @@ def _find_fault(grad: Any, param: Any, with_units: bool) -> str | None:
     return None
 
 
-def _conjugate(grad: Any) -> Any:
+def _conjugate(grad: object) -> Any:
     number, unit = split_unit(grad)
     return attach_unit(jnp.conj(number), unit) if jnp.iscomplexobj(number) else grad

@@ -3,7 +3,7 @@
 import functools as ft
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -14,7 +14,11 @@ import optax
 from .._select.selectors import as_selector, select, Selection
 from .._tree.flat import cast, FlatTree
 from .._tree.text import show
+from .._tree.types import PyTree
 
+
+# An optax transformation, or one for each selector.
+TxLike: TypeAlias = optax.GradientTransformation | Mapping[Any, optax.GradientTransformation]
 
 # For each group its label, and the paths of its parameters.
 Groups = tuple[tuple[str, tuple[str, ...]], ...]
@@ -36,7 +40,9 @@ class GroupStates(dict[str, Any]):
         return cls(groups, states)
 
 
-def partition(groups: Mapping[Any, Any]) -> optax.GradientTransformationExtraArgs:
+def partition(
+    groups: Mapping[Any, optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
     """Updates each group of the parameters in a flat dict by a transformation of its own.
 
     It is an optax transformation as any other, so what is before it in an `optax.chain` sees
@@ -79,7 +85,7 @@ def partition(groups: Mapping[Any, Any]) -> optax.GradientTransformationExtraArg
         )
     check_tx(groups, caller)
 
-    def find_groups(params: Any) -> Groups:
+    def find_groups(params: PyTree) -> Groups:
         if not isinstance(params, Mapping):
             raise TypeError(
                 "`partition(...).init(params)` must be a flat dict from path to leaf, as "
@@ -98,14 +104,14 @@ def make_partition(
     """A transformation for each of the groups, in the order of `txs`."""
     inner: list[Any] = list(map(take_extra_args, txs.values()))
 
-    def init(params: Any) -> GroupStates:
+    def init(params: PyTree) -> GroupStates:
         groups = find_groups(params)
         pairs = zip(inner, groups, strict=True)
         states = [tx.init(_pick(names, params)) for tx, (_, names) in pairs]
         return GroupStates(groups, states)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
     ) -> tuple[Any, GroupStates]:
         new_updates, states = {}, []
         for tx, (label, names) in zip(inner, state.groups, strict=True):
@@ -125,7 +131,9 @@ def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     """A transformation that takes any extra arguments, and ignores those it has no use for."""
     tx = optax.with_extra_args_support(tx)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
+    ) -> Any:
         while True:
             try:
                 return tx.update(updates, state, params, **extra_args)
@@ -149,7 +157,7 @@ def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
     return {name: by_path[name] for name in names}
 
 
-def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: Any) -> dict[str, Any]:
+def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: PyTree) -> dict[str, Any]:
     """The extra arguments of `update`, for the parameters of one group."""
     return map_extra_args(
         extra_args, lambda part: {**params, **part}, lambda grads: _pick(names, grads)
@@ -185,7 +193,7 @@ def _compose(
     finish: Callable[[Any], Any], func: Callable[..., Any], prepare: Callable[[Any], Any]
 ) -> Callable[..., Any]:
     @ft.wraps(func)  # optax reads the names of its arguments
-    def composed(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def composed(params: PyTree, *args: object, **kwargs: object) -> Any:
         return finish(func(prepare(params), *args, **kwargs))
 
     return composed
@@ -250,14 +258,14 @@ class Entry(NamedTuple):
     leaf: Any
 
 
-def locate(opt_state: Any, names: tuple[str, ...]) -> Iterator[Entry]:
+def locate(opt_state: PyTree, names: tuple[str, ...]) -> Iterator[Entry]:
     """The leaves of an optax state, in the order of JAX.
 
     What optax keeps for each parameter it keeps in a dict like that of the parameters.
     """
     keys = set(names)
 
-    def is_known(node: Any) -> bool:
+    def is_known(node: object) -> bool:
         return isinstance(node, GroupStates) or (isinstance(node, dict) and node.keys() == keys)
 
     for path, node in jtu.tree_flatten_with_path(opt_state, is_leaf=is_known)[0]:
@@ -303,11 +311,11 @@ def carry_over(
     return leaves
 
 
-def _is_alike(old: Any, new: Any) -> bool:
+def _is_alike(old: PyTree, new: PyTree) -> bool:
     return jnp.shape(old) == jnp.shape(new) and jnp.result_type(old) == jnp.result_type(new)
 
 
-def keep_dtypes(old: Any, new: Any) -> Any:
+def keep_dtypes(old: PyTree, new: PyTree) -> Any:
     """The next state of a transformation, in the dtypes that the old one has.
 
     Some of optax change them, or start with weak types and go on with others, so that a
@@ -323,7 +331,7 @@ def keep_dtypes(old: Any, new: Any) -> Any:
     return jtu.tree_map(keep, new, old)
 
 
-def strengthen(opt_state: Any) -> Any:
+def strengthen(opt_state: PyTree) -> Any:
     """A first state, as arrays of dtypes that promotion keeps."""
     is_array = eqx.is_array_like
     return jtu.tree_map(lambda x: cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)

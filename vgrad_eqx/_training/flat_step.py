@@ -24,6 +24,7 @@ from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
 from .._tree.sharding import constrain, find_sharding, spread
 from .._tree.state import State, write
 from .._tree.text import show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
 from .accumulation import accumulate, check_leading_axis, is_array, Result
 from .interrupts import hold
@@ -119,12 +120,12 @@ class FlatStep:
 
     def __init__(
         self,
-        owner: Any,
+        owner: object,
         options: Options,
         flat: FlatTree,
         optimizer: Optimizer,
-        key: Any,
-        nn_state: Any,
+        key: jax.Array | None,
+        nn_state: PyTree,
         states: StateFunction | None = None,
     ):
         self.owner = owner
@@ -219,7 +220,7 @@ class FlatStep:
         return structures, static, arrays, self.states
 
     def start(
-        self, flat: FlatTree, optimizer: Optimizer, key: Any, nn_state: Any
+        self, flat: FlatTree, optimizer: Optimizer, key: jax.Array | None, nn_state: PyTree
     ) -> tuple[tuple[Any, ...], list[Any]]:
         """The leaves to begin with, and the frozen ones."""
         params = [flat.leaves[i] for i in self._chosen]
@@ -239,11 +240,15 @@ class FlatStep:
         flat_step = FlatStep(self.owner, self.options, flat, optimizer, key, nn_state, states)
         return flat_step, flat_step.start(flat, optimizer, key, nn_state)[0]
 
-    def run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+    def run(
+        self, leaves: Sequence[jax.Array], frozen: Sequence[jax.Array], batch: PyTree
+    ) -> Any:
         """Takes the steps of one call, for a batch without keyword arguments."""
         return self._run(leaves, frozen, (batch, {}))
 
-    def _run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+    def _run(
+        self, leaves: Sequence[jax.Array], frozen: Sequence[jax.Array], batch: PyTree
+    ) -> Any:
         """Takes the steps of one call. Returns the next leaves and the three metrics."""
         arrays = list(leaves) if self._packing is None else self._packing.unpack(leaves)
         inputs = split_arrays(batch, is_array)
@@ -259,7 +264,11 @@ class FlatStep:
         return leaves, metrics.value, metrics.aux, metrics.grad_norms
 
     def _once(
-        self, arrays: Sequence[Any], frozen: Any, inputs: Sequence[Any], rest: Rest
+        self,
+        arrays: Sequence[Any],
+        frozen: Sequence[jax.Array],
+        inputs: Sequence[Any],
+        rest: Rest,
     ) -> tuple[list[Any], Metrics]:
         """Takes one step."""
         params, opt_state, keys, first_nn_state = jtu.tree_unflatten(self._carry, arrays)
@@ -348,7 +357,7 @@ class FlatStep:
             )
         return written
 
-    def _average(self, value: Any) -> Any:
+    def _average(self, value: object) -> Any:
         """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
         numbers, output = split_output(value, None, "train_step")
         text = "`train_step(func=...)` must return outputs of one dimension."
@@ -356,7 +365,7 @@ class FlatStep:
         total = sum(jnp.sum(scale_number(x, f)) for x, f in zip(numbers, factors, strict=True))
         return attach_unit(total / self.options.accumulate, output.units[0])
 
-    def _split_aux(self, others: list[Any], nn_state: Any) -> tuple[Any, Any]:
+    def _split_aux(self, others: list[Any], nn_state: PyTree) -> tuple[Any, Any]:
         """The auxiliary data, and the next `equinox.nn.State`."""
         if nn_state is None:
             return (others[0] if others else None), None
@@ -381,7 +390,7 @@ class FlatStep:
     def get_model(self, leaves: Sequence[Any], frozen: Sequence[Any]) -> Any:
         return self._build(_copy(self._read(leaves).params), frozen)
 
-    def get_optimizer(self, leaves: Sequence[Any], count: Any) -> Optimizer:
+    def get_optimizer(self, leaves: Sequence[Any], count: int | jax.Array) -> Optimizer:
         opt_state = _copy(self._read(leaves).opt_state)
         return self._build_optimizer(opt_state, jnp.asarray(count, jnp.int32))
 
@@ -451,7 +460,7 @@ class FlatStep:
     def _build(self, params: Sequence[Any], frozen: Sequence[Any]) -> Any:
         return self._rest.combine([*params, *frozen])
 
-    def _build_optimizer(self, opt_state: Any, count: Any) -> Optimizer:
+    def _build_optimizer(self, opt_state: PyTree, count: int | jax.Array) -> Optimizer:
         return jtu.tree_unflatten(self._optimizer, [*jtu.tree_leaves(opt_state), count])
 
     def _split_key(self, keys: list[Any]) -> tuple[list[Any], Any]:
@@ -516,17 +525,17 @@ _is_module = type.__instancecheck__.__get__(eqx.Module)
 _is_string = type.__instancecheck__.__get__(str)
 
 
-def _trace_number(leaf: Any) -> Any:
+def _trace_number(leaf: object) -> Any:
     is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
     return jnp.asarray(leaf) if is_number else leaf
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     number, unit = split_unit(leaf)
     return unit is not None or eqx.is_array(number) or isinstance(number, np.ndarray)
 
 
-def _drop_if_rejected(opt_state: Any, new: Any, old: Any) -> Any:
+def _drop_if_rejected(opt_state: PyTree, new: PyTree, old: PyTree) -> Any:
     """The next `equinox.nn.State`, or the old one if `optax.apply_if_finite` sees a NaN."""
     is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)
     guards = list(filter(is_guard, jtu.tree_leaves(opt_state, is_leaf=is_guard)))
@@ -544,13 +553,13 @@ def _list_kinds(carry: Carry, optimizer: Optimizer) -> list[Hashable]:
     return [*["parameter"] * len(carry.params), *of_state, *[None] * len(others)]
 
 
-def _find_impl(key: Any) -> Any:
+def _find_impl(key: jax.Array | None) -> Any:
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return None
     return jr.key_impl(key)
 
 
-def _strip_key(key: Any) -> list[Any]:
+def _strip_key(key: jax.Array | None) -> list[Any]:
     """The numbers of a key, which JAX passes to compiled functions faster than the key."""
     if key is None:
         return []

@@ -9,6 +9,7 @@ import jax
 from .._optimizers.state_optimizer import StateOptimizer
 from .._references.overlay import call_with
 from .._tree.state import read
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 from .loss import make_loss
 
@@ -59,7 +60,7 @@ class StateFunction:
         return extended, list(map(read, new))
 
     def __call__(
-        self, params: dict[str, Any], others: Sequence[Any], *batch: Any, **kwargs: Any
+        self, params: dict[str, Any], others: Sequence[Any], *batch: PyTree, **kwargs: object
     ) -> Any:
         numbers = [split_unit(params[name])[0] for name in self.trained]
         values = dict(zip(map(id, self._refs), [*numbers, *others], strict=True))

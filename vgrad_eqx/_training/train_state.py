@@ -1,18 +1,25 @@
 """What a training step takes and returns."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.typing import ArrayLike
 
+from .._optimizers.optimizer import Optimizer
 from .._tree.flat import is_any_traced
+from .._tree.types import PyTree
 from .flat_step import CONCRETE, FlatStep
 from .interrupts import hold, release
 
 
-class TrainState:
+_M = TypeVar("_M", covariant=True)
+
+
+class TrainState(Generic[_M]):
     """Model, optimizer and key between two steps of [`vgrad_eqx.train_step`][].
 
     It holds flat arrays, which each step takes over: a state is used once, and the step
@@ -59,20 +66,22 @@ class TrainState:
     # Few, because setting each takes a share of the time of a step.
     __slots__ = ("_is_rebuilt", "_model", "count", "leaves", "training")
 
-    def __init__(self, training: "Training", leaves: Any, count: Any):
+    def __init__(
+        self, training: "Training", leaves: Sequence[jax.Array], count: int | jax.Array
+    ):
         self.training = training
         self.leaves = leaves
         self.count = count
 
     @property
-    def model(self) -> Any:
+    def model(self) -> _M:
         self._check_kind(False, "model")
         if not hasattr(self, "_model"):
             self._model = self.training.flat_step.get_model(self.leaves, self.training.frozen)
         return self._model
 
     @property
-    def optimizer(self) -> Any:
+    def optimizer(self) -> Optimizer:
         self.check()
         return self.training.flat_step.get_optimizer(self.leaves, self.count)
 
@@ -81,14 +90,14 @@ class TrainState:
         """As [`vgrad_eqx.Optimizer`][] has them."""
         return self.optimizer.hyperparams
 
-    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "TrainState":
+    def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> Self:
         """A state with other hyperparameters, as [`vgrad_eqx.Optimizer`][] sets them.
 
         It shares its other arrays with this one, so only one of the two can be used.
         """
         self.check()
         leaves = self.training.flat_step.set_hyperparams(self.leaves, group, values)
-        return TrainState(self.training, leaves, self.count)
+        return type(self)(self.training, leaves, self.count)
 
     @property
     def nn_state(self) -> Any:
@@ -101,7 +110,7 @@ class TrainState:
         return self.training.flat_step.get_key(self.leaves)
 
     @property
-    def kept(self) -> "TrainState | None":
+    def kept(self) -> Self | None:
         """The last copy that `train_step(keep_every=...)` has made."""
         return None if self.training.history is None else self.training.history.kept
 
@@ -115,14 +124,14 @@ class TrainState:
         finally:
             release()
 
-    def __enter__(self) -> "TrainState":
+    def __enter__(self) -> Self:
         self._check_kind(True, "with")
         if self.training.history is None:
             self.training.history = History(0)
         self.training.history.latest = self
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         assert self.training.history is not None
         latest, kept = self.training.history.latest, self.training.history.kept
         if error is None or _is_good(latest):
@@ -146,17 +155,17 @@ class TrainState:
         flat_step, frozen = self.training.flat_step, self.training.frozen
         return {"count": count, **flat_step.to_tree(self.leaves, frozen)}
 
-    def from_tree(self, tree: dict[str, Any]) -> "TrainState":
+    def from_tree(self, tree: dict[str, Any]) -> Self:
         """A state like this one, of such arrays."""
         flat_step, memory = self.training.flat_step, self.training.memory
         leaves, frozen = flat_step.from_tree(tree)
-        return TrainState(Training.begin(flat_step, frozen, memory), leaves, tree["count"])
+        return type(self)(Training.begin(flat_step, frozen, memory), leaves, tree["count"])
 
     @property
     def is_donated(self) -> bool:
         return any(type(leaf) in CONCRETE and leaf.is_deleted() for leaf in self.leaves)
 
-    def take_over(self, leaves: Any) -> None:
+    def take_over(self, leaves: Sequence[jax.Array]) -> None:
         """Becomes the next state, which nobody has got because of an interrupt."""
         if hasattr(self, "_model"):
             del self._model
@@ -164,17 +173,17 @@ class TrainState:
         if self.training.history is not None:
             self.training.history.latest = self
 
-    def copy(self) -> "TrainState":
+    def copy(self) -> Self:
         """A state of its own, which lives on when a step takes over this one."""
         self.check()
         leaves = jtu.tree_map(jnp.copy, self.leaves)
         each = self.training
         training = Training.begin(each.flat_step, each.frozen, each.memory)
-        return TrainState(training, leaves, self.count)
+        return type(self)(training, leaves, self.count)
 
     __copy__ = copy
 
-    def __deepcopy__(self, memo: Any) -> "TrainState":
+    def __deepcopy__(self, memo: object) -> Self:
         return self.copy()
 
     def __reduce__(self) -> Any:
@@ -246,7 +255,9 @@ def _is_good(state: TrainState | None) -> bool:
     return True
 
 
-def _restore(owner: Any, model: Any, key: Any, nn_state: Any, optimizer: Any) -> TrainState:
+def _restore(
+    owner: Any, model: PyTree, key: jax.Array | None, nn_state: PyTree, optimizer: Any
+) -> TrainState:
     return owner.init(model, key=key, nn_state=nn_state, optimizer=optimizer)
 
 
@@ -262,7 +273,7 @@ def _flatten(state: TrainState) -> tuple[Any, Any]:
     return tuple(children), (training.flat_step, training.memory)
 
 
-def _unflatten(common: Any, children: Any) -> TrainState:
+def _unflatten(common: Any, children: PyTree) -> TrainState:
     (flat_step, memory), (leaves, frozen, count) = common, children
     state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
     state._is_rebuilt = True  # noqa: SLF001

@@ -4,8 +4,8 @@ import dataclasses
 import functools as ft
 import itertools
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, cast, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast, overload, Protocol, runtime_checkable, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,18 +16,22 @@ import jax.tree_util as jtu
 from .._jit.callbacks import explain
 from .._optimizers.fingerprint import Fingerprinted
 from .._optimizers.optimizer import Optimizer
-from .._optimizers.partition import check_tx
+from .._optimizers.partition import check_tx, TxLike
 from .._optimizers.state_optimizer import StateOptimizer
-from .._select.grad_states import GradStates, parse_grad_states
+from .._select.grad_states import GradStates, GradStatesLike, parse_grad_states
 from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
+from .._tree.types import PyTree
 from .flat_step import FlatStep, list_names, Metrics, Options
 from .interrupts import held, release
 from .over_states import StateFunction, UnknownStates
 from .train_state import Training, TrainState
+
+
+_M = TypeVar("_M")
 
 
 @runtime_checkable
@@ -55,8 +59,8 @@ class TrainStep(Protocol):
     """
 
     def __call__(
-        self, state: TrainState, /, *batch: Any, **kwargs: Any
-    ) -> tuple[TrainState, Metrics]:
+        self, state: TrainState[_M], /, *batch: PyTree, **kwargs: PyTree
+    ) -> tuple[TrainState[_M], Metrics]:
         """Takes the steps of one call, and takes over the arrays of `state`.
 
         **Arguments:**
@@ -80,15 +84,35 @@ class TrainStep(Protocol):
         """
         ...
 
+    @overload
     def init(
         self,
-        model: Any = None,
+        model: _M,
         *,
-        key: Any = None,
-        nn_state: Any = None,
-        optimizer: Any = None,
-        batch: Any = None,
-    ) -> TrainState:
+        key: jax.Array | None = None,
+        nn_state: eqx.nn.State | None = None,
+        optimizer: Optimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[_M]: ...
+
+    @overload
+    def init(
+        self,
+        *,
+        key: jax.Array | None = None,
+        optimizer: StateOptimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[None]: ...
+
+    def init(
+        self,
+        model: PyTree = None,
+        *,
+        key: jax.Array | None = None,
+        nn_state: eqx.nn.State | None = None,
+        optimizer: Optimizer | StateOptimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[Any]:
         """Makes the state to begin with.
 
         **Arguments:**
@@ -116,7 +140,7 @@ class TrainStep(Protocol):
         """
         ...
 
-    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+    def lower(self, state: TrainState[Any], /, *batch: PyTree, **kwargs: PyTree) -> Any:
         """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
         ...
 
@@ -136,12 +160,12 @@ class _Trainer:
 
     def init(
         self,
-        model: Any = None,
+        model: PyTree = None,
         *,
-        key: Any = None,
-        nn_state: Any = None,
+        key: jax.Array | None = None,
+        nn_state: PyTree = None,
         optimizer: Any = None,
-        batch: Any = None,
+        batch: PyTree = None,
     ) -> TrainState:
         _check_parts(key, nn_state, batch)
         states = memory = None
@@ -182,14 +206,14 @@ class _Trainer:
         training = dataclasses.replace(state.training, flat_step=self._share(flat_step))
         return TrainState(training, leaves, state.count)
 
-    def _evaluate_shapes(self, state: TrainState, batch: tuple[Any, ...]) -> None:
+    def _evaluate_shapes(self, state: TrainState, batch: tuple[PyTree, ...]) -> None:
         try:
             program, inputs = state.training.flat_step.find_program(batch, {})
             jax.eval_shape(program.compiled, state.leaves, state.training.frozen, inputs)
         finally:
             release()
 
-    def _init_optimizer(self, model: Any, flat: FlatTree, optimizer: Any) -> Optimizer:
+    def _init_optimizer(self, model: PyTree, flat: FlatTree, optimizer: Any) -> Optimizer:
         if model is None:
             raise TypeError(
                 "`train_step(...).init(model)` needs the module, of which `grad_states` "
@@ -209,7 +233,9 @@ class _Trainer:
         self._check_tx(optimizer)
         return optimizer
 
-    def _init_over_states(self, model: Any, nn_state: Any, optimizer: Any) -> StateOptimizer:
+    def _init_over_states(
+        self, model: PyTree, nn_state: PyTree, optimizer: object
+    ) -> StateOptimizer:
         if model is not None or nn_state is not None:
             raise TypeError(
                 "`train_step(grad_states=...)` names states by reference, so `init` takes "
@@ -236,7 +262,7 @@ class _Trainer:
                 "selector, tx=tx)`, or pass its own to `train_step`."
             )
 
-    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+    def lower(self, state: TrainState, /, *batch: PyTree, **kwargs: object) -> Any:
         self.check(state)
         program, inputs = state.training.flat_step.find_program(batch, kwargs)
         try:
@@ -246,7 +272,7 @@ class _Trainer:
         finally:
             release()
 
-    def check(self, state: Any) -> None:
+    def check(self, state: PyTree) -> None:
         """Refuses what a step cannot take."""
         if not isinstance(state, TrainState):
             raise TypeError(
@@ -264,7 +290,9 @@ class _Trainer:
 def _make_step(trainer: _Trainer) -> TrainStep:
     # A function, because Python handles Ctrl-C when an object has been called, and nothing has
     # stored its result yet; but not when a function has been.
-    def step(state: TrainState, /, *batch: Any, **kwargs: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, /, *batch: PyTree, **kwargs: object
+    ) -> tuple[TrainState, Metrics]:
         if type(state) is not TrainState or state.training.flat_step.owner is not trainer:
             trainer.check(state)
         training, leaves = state.training, None
@@ -314,7 +342,7 @@ def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
         raise clear from None
 
 
-def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
+def _check_parts(key: jax.Array | None, nn_state: PyTree, batch: PyTree) -> None:
     """Refuses what is not meant for `init`."""
     dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
@@ -340,8 +368,8 @@ def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
 
 def train_step(
     func: Callable[..., Any],
-    tx: Any,
-    grad_states: Any = True,
+    tx: TxLike,
+    grad_states: GradStatesLike = True,
     *,
     has_aux: bool = False,
     check_states: bool = True,
@@ -462,7 +490,7 @@ def train_step(
     return _make_step(_Trainer(options, parsed))
 
 
-def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
+def _is_same(optimizer: StateOptimizer, states: PyTree) -> bool:
     entries = [
         jtu.tree_flatten(tree, is_leaf=is_reference) for tree in (optimizer.states, states)
     ]

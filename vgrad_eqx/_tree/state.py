@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,14 +17,19 @@ import jax.ref
 import numpy as np
 from jax.extend.core import Primitive, take_current_trace
 from jax.interpreters import ad, batching, mlir
+from jax.typing import ArrayLike
 
 from .cache import is_equal
 from .flat import FlatTree, Split
 from .text import show
+from .types import PyTree
 from .units import find_factor, scale_number, split_unit
 
 
-class State:
+_T = TypeVar("_T")
+
+
+class State(Generic[_T]):
     """A named reference to a value, which a function may read and set.
 
     Functions share a state by closing over it. Compiled functions read its current value at
@@ -79,9 +84,9 @@ class State:
 
     __slots__ = ("__weakref__", "content", "name", "stand_ins")
 
-    def __init__(self, value: Any, name: str | None = None):
+    def __init__(self, value: _T, name: str | None = None):
         if isinstance(value, bool | int | float | complex):
-            value = np.asarray(value)
+            value = np.asarray(value)  # pyright: ignore[reportAssignmentType]
         flat = FlatTree(value)
         arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
         if not arrays.diff:
@@ -99,11 +104,11 @@ class State:
         return self.content.diff
 
     @property
-    def value(self) -> Any:
+    def value(self) -> _T:
         return self.content.rest.combine(list(map(read, self.refs)))
 
     @value.setter
-    def value(self, value: Any) -> None:
+    def value(self, value: _T | ArrayLike) -> None:
         arrays = self._find_arrays(value)
         if arrays is None:
             raise ValueError(
@@ -115,7 +120,7 @@ class State:
         arrays = [x if eqx.is_array(x) else jnp.asarray(x, ref.dtype) for ref, x in pairs]
         write_all(self.refs, arrays, self)
 
-    def _find_arrays(self, value: Any) -> Sequence[Any] | None:
+    def _find_arrays(self, value: object) -> Sequence[Any] | None:
         """The arrays in a value for this state, or `None` if the value does not fit."""
         flat, rest = FlatTree(value), self.content.rest
         if flat.structure != rest.structure:
@@ -159,7 +164,7 @@ class State:
 
     # Without these, NumPy would make an array of objects of it, and Equinox, when it saves a
     # module, would leave it out and say nothing.
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: object, **kwargs: object) -> Any:
         raise TypeError(
             f"{self!r} is a reference and no array. Take its `value`. To save the states of a "
             "module, use `vg.save`."
@@ -168,7 +173,7 @@ class State:
     __jax_array__ = __array__
 
 
-def _make_state(cls: type[State], value: Any, name: str | None) -> State:
+def _make_state(cls: type[State], value: object, name: str | None) -> State:
     state = cls.__new__(cls)
     State.__init__(state, value, name)
     return state
@@ -190,7 +195,7 @@ def refuse_brainstate(leaves: Sequence[Any], caller: str) -> None:
             )
 
 
-def is_reference(node: Any) -> bool:
+def is_reference(node: object) -> bool:
     return isinstance(node, State | jax.Ref)
 
 
@@ -265,11 +270,11 @@ class StandIn(jax.core.Tracer):
 _stand_ins: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
 
 
-def find_stand_in(ref: Any) -> StandIn | None:
+def find_stand_in(ref: object) -> StandIn | None:
     return _stand_ins.get(id(ref))
 
 
-def describe(ref: Any) -> str:
+def describe(ref: object) -> str:
     """What errors call a reference."""
     stand_in = find_stand_in(ref)
     return "A `jax.Ref`" if stand_in is None else stand_in.describe()
@@ -283,7 +288,7 @@ batching.defvectorized(hold_p)
 mlir.register_lowering(hold_p, lambda ctx, value: [value])
 
 
-def hold(value: Any) -> Any:
+def hold(value: object) -> Any:
     """The value itself, as the result of an operation."""
     return hold_p.bind(value)
 
@@ -292,7 +297,7 @@ def hold(value: Any) -> Any:
 lock = threading.RLock()
 
 
-def is_traced(ref: Any) -> bool:
+def is_traced(ref: object) -> bool:
     """Whether a reference was made in a function while JAX traced it."""
     return isinstance(ref, jax.core.Tracer)
 
@@ -313,7 +318,7 @@ def read(ref: jax.Ref) -> Any:
         ) from error
 
 
-def write(ref: jax.Ref, value: Any, name: Any = None) -> Any:
+def write(ref: jax.Ref, value: object, name: object = None) -> Any:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
     overlay = active.overlays[-1] if active.overlays and not is_traced(ref) else None
     if overlay is not None and overlay.is_current():
@@ -340,7 +345,7 @@ def write(ref: jax.Ref, value: Any, name: Any = None) -> Any:
             ) from error
 
 
-def write_all(refs: Iterable[jax.Ref], values: Iterable[Any], name: Any = None) -> None:
+def write_all(refs: Iterable[jax.Ref], values: Iterable[object], name: object = None) -> None:
     """Sets all references, or none."""
     written = []
     try:
@@ -352,7 +357,7 @@ def write_all(refs: Iterable[jax.Ref], values: Iterable[Any], name: Any = None) 
         raise
 
 
-def _swap(ref: jax.Ref, value: Any) -> Any:
+def _swap(ref: jax.Ref, value: object) -> Any:
     try:
         return jax.ref.swap(ref, ..., value)
     except RuntimeError as error:
@@ -395,23 +400,23 @@ def find_states(leaves: Sequence[Any]) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if isinstance(leaf, State)]
 
 
-def _holds_array(leaf: Any) -> bool:
+def _holds_array(leaf: object) -> bool:
     number, unit = split_unit(leaf)
     return _is_array(number) or (unit is not None and isinstance(number, int | float | complex))
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
 
 
-def _make_ref(leaf: Any) -> jax.Ref:
+def _make_ref(leaf: object) -> jax.Ref:
     array = jnp.asarray(leaf)
     return jax.new_ref(
         jnp.asarray(array, array.dtype) if jax.typeof(array).weak_type else array
     )
 
 
-def _fits(new: Any, ref: jax.Ref) -> bool:
+def _fits(new: PyTree, ref: jax.Ref) -> bool:
     """Whether a reference may be set to an array or a number."""
     if not _is_array(new) and not isinstance(new, bool | int | float | complex):
         return False
