@@ -22,6 +22,8 @@ from .sources import escape, make_error, open_source, Shards, Source, VERSION
 
 
 _T = TypeVar("_T")
+# How many bytes are on the host, at most, before their arrays go to their devices.
+_BATCH = 1 << 25
 
 
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
@@ -188,14 +190,25 @@ def _read(
     wanted: Mapping[str, Entry],
 ) -> dict[str, Any]:
     """What is loaded, by name. `fitting` are the names of each array in the file."""
-    loaded = {}
+    loaded, batch, size = {}, {}, 0
+
+    def restore_batch() -> None:
+        leaves = [items[name][1] for name in batch]
+        loaded.update(zip(batch, restore(leaves, list(batch.values())), strict=True))
+        batch.clear()
+
     for file_name, array in source.read(fitting):
         for i, name in enumerate(fitting[file_name]):
             # In the first place it is nobody else's, and JAX may take it over as it is.
             own = array if i == 0 else array.copy()
             if wanted[name].kind == "array":
                 own = cast_array(own, wanted[name].dtype, f"The array of `{name}`")
-            loaded[name] = restore(items[name][1], own)
+            batch[name] = own
+            size += own.nbytes
+        if size >= _BATCH:
+            restore_batch()
+            size = 0
+    restore_batch()
     return loaded
 
 
