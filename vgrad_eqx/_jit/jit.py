@@ -46,8 +46,9 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
         [`vgrad_eqx.vector_grad`][] and its siblings return.
     - `donate`: which JAX arrays in the arguments are donated, so that their memory is used
         again, as in `equinox.filter_jit`: those of `"all"` arguments, `"all-except-first"`, or
-        `"none"`. With `"all"`, those of states by reference are, too. JAX warns of donated arrays that it could not use again only under `"warn"`
-        and `"warn-except-first"`, which donate the same.
+        `"none"`. `"all"` also donates those of states by reference. JAX warns of donated
+        arrays that it could not use again only under `"warn"` and `"warn-except-first"`, which
+        donate the same.
 
     **Returns:**
 
