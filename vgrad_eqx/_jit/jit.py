@@ -242,9 +242,7 @@ class _Program:
             any(x is number for number in numbers) for x in [*split.diff, *other_split.diff]
         ]
 
-        def run(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
-            if self not in _tracing.programs and not is_evaluating():
-                raise NotTraced
+        def call(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
             first = first_rest.combine(arrays)
             rest, kwargs = other_rest.combine(others[:num_others])
             func = find_func(others[num_others:])
@@ -253,6 +251,11 @@ class _Program:
                 out = func(*args, **kwargs)
             self._types_matter |= answer[0]
             return _Result(make_builder(out, _is_array), split_arrays(out, _is_array).diff)
+
+        def run(*inputs: Any) -> _Result:
+            if self not in _tracing.programs and not is_evaluating():
+                raise NotTraced
+            return call(*inputs)
 
         def check(arrays: Sequence[Any], others: Sequence[Any]) -> bool:
             return all(
@@ -265,6 +268,7 @@ class _Program:
             )
 
         run.__name__ = name
+        self._func = call
         self._jitted = jax.jit(run, inline=True, donate_argnums=_DONATED[donate])
         self.compiled: Callable[..., _Result] = self._jitted
         others = {"rest": trees[1][0], "kwargs": kwargs}
@@ -296,7 +300,9 @@ class _Program:
         if self._refs:
             self._waits |= has_callback(jaxpr.jaxpr, ANY_CALLBACK)
             refs, is_donated = list(self._refs.values()), self._donate in ("all", "warn")
-            self.compiled = StateProgram(self._jitted, refs, is_donated, self._waits)
+            self.compiled = StateProgram(
+                self._func, self._jitted, refs, is_donated, self._waits
+            )
         elif has_callback(jaxpr.jaxpr):
             self.compiled = ft.partial(wait, self._jitted)
 
