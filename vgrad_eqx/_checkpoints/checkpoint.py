@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
-from .._tree.state import read, State, write
+from .._tree.state import read, refuse_brainstate, State, write
 from .._tree.types import PyTree
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
@@ -259,6 +259,7 @@ def _collect(like: PyTree, expanded: PyTree) -> Any:
 
 def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
     """What is saved, by name, each with the index of the leaf that it is in."""
+    refuse_brainstate(flat.leaves, caller)
     items: dict[str, tuple[int, Any]] = {}
     for index, (name, leaf) in enumerate(zip(flat.names, flat.leaves, strict=True)):
         inner = _list_refs(name, leaf) if isinstance(leaf, State) else {name: leaf}

@@ -17,6 +17,7 @@ from .._references.values import StateValues
 from .._select.grad_states import GradStates
 from .._select.selectors import select
 from .._tree.flat import FlatTree, is_scalar, Rest
+from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import show
 from .._tree.types import PyTree
 from .._tree.units import refuse_foreign
@@ -130,11 +131,15 @@ class _Argument:
         self.tree = flat.tree
         indices = [0] if is_scalar(flat.tree) else flat.differentiable
         if not indices:
-            way_out = "`jnp.asarray(x, float)`" if flat.units is None else "`1.0 * x`"
+            refuse_brainstate(flat.leaves, caller)
+            number = "jnp.asarray(x, float)" if flat.units is None else "1.0 * x"
+            way_out = f"Convert numbers by `{number}`."
+            if find_states(flat.leaves):
+                way_out = "Pass the `value` of a state, or name the state in `grad_states`."
             raise TypeError(
                 f"`{caller}` must name an argument with an inexact array in it, or "
                 f"a float. Got argument {position}: {show(flat.tree)}, in which "
-                f"nothing can be differentiated. Convert numbers by {way_out}."
+                f"nothing can be differentiated. {way_out}"
             )
         split = flat.split(indices)
         self.diff, self.units, self._rest = split.diff, split.rest.units, split.rest

@@ -94,7 +94,7 @@ def jit(func: Callable[..., Any] = MISSING, *, donate: Donate = "none") -> Any:
         [`vgrad_eqx.vector_grad`][] and its siblings return.
     - `donate`: which JAX arrays in the arguments are donated, so that their memory is used
         again, as in `equinox.filter_jit`: those of `"all"` arguments, `"all-except-first"`, or
-        `"none"`. With `"all"`, those of states by reference are, too. JAX warns of donated
+        `"none"`. `"all"` also donates those of states by reference. JAX warns of donated
         arrays that it could not use again only under `"warn"` and `"warn-except-first"`, which
         donate the same.
 
@@ -302,9 +302,7 @@ class _Program:
             any(x is number for number in numbers) for x in [*split.diff, *other_split.diff]
         ]
 
-        def run(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
-            if self not in _tracing.programs and not is_evaluating():
-                raise NotTraced
+        def call(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
             first = first_rest.combine(arrays)
             rest, kwargs = other_rest.combine(others[:num_others])
             func = find_func(others[num_others:])
@@ -313,6 +311,11 @@ class _Program:
                 out = func(*args, **kwargs)
             self._types_matter |= answer[0]
             return _Result(make_builder(out, _is_array), split_arrays(out, _is_array).diff)
+
+        def run(*inputs: Any) -> _Result:
+            if self not in _tracing.programs and not is_evaluating():
+                raise NotTraced
+            return call(*inputs)
 
         # Under `vmap` and `grad`, which cannot use a donated array again, none is donated.
         donated = () if is_any_traced([*split.diff, *other_split.diff]) else _DONATED[donate]
@@ -329,6 +332,7 @@ class _Program:
             )
 
         run.__name__ = name
+        self._func = call
         self._jitted = jax.jit(run, inline=True, donate_argnums=donated)
         self.compiled: Callable[..., _Result] = self._jitted
         others = {"rest": trees[1][0], "kwargs": kwargs}
@@ -360,7 +364,9 @@ class _Program:
         if self._refs:
             self._waits |= has_callback(jaxpr.jaxpr, ANY_CALLBACK)
             refs, is_donated = list(self._refs.values()), self._donate in ("all", "warn")
-            self.compiled = StateProgram(self._jitted, refs, is_donated, self._waits)
+            self.compiled = StateProgram(
+                self._func, self._jitted, refs, is_donated, self._waits
+            )
         elif has_callback(jaxpr.jaxpr):
             self.compiled = ft.partial(wait, self._jitted)
 

@@ -1,13 +1,14 @@
 """A compiled function over states by reference, called with their values."""
 
 import functools as ft
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.tree_util as jtu
 
+from .._references.overlay import call_with
 from .._references.replay import find_written
 from .._references.trace import is_concrete_ref
 from .._tree.sharding import shard_like
@@ -21,17 +22,25 @@ class NotTraced(Exception):
 
 
 class StateProgram:
-    """A compiled function that uses these references, which are set when it has ended.
+    """`func`, compiled as `jitted`, which uses these references. They are set at the end.
 
     JAX takes the arrays of references away while a function runs that sets them, and they are
     lost if it fails. Here they are inputs and outputs like any others.
     """
 
-    def __init__(self, jitted: Any, refs: Sequence[jax.Ref], is_donated: bool, waits: bool):
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        jitted: Any,
+        refs: Sequence[jax.Ref],
+        is_donated: bool,
+        waits: bool,
+    ):
         def run(values: Sequence[Any], *inputs: Any) -> Any:
             return self._run(values, *inputs)
 
         run.__name__ = jitted.__name__
+        self._func = func
         self._jitted = jitted
         self._refs = refs
         self._is_donated = is_donated
@@ -58,9 +67,12 @@ class StateProgram:
 
     def _run(self, values: Sequence[Any], *inputs: Any) -> tuple[Any, dict[int, Any]]:
         """The result, and what is left in the references that are set, by their index."""
+        ids = list(map(id, self._refs))
+        if is_evaluating():  # by `jax.debug_nans`, to find the operation, or `jax.disable_jit`
+            called = call_with(self._func, dict(zip(ids, values, strict=True)), *inputs)
+            return called.output, {ids.index(key): x for key, x in called.finals.items()}
         traced = self._jitted.trace(*inputs)
         jaxpr, consts = traced.jaxpr.jaxpr, traced.jaxpr.consts
-        ids = list(map(id, self._refs))
         if not {id(ref) for ref in filter(is_concrete_ref, consts)}.issubset(ids):
             raise NotTraced
         fresh = dict(zip(ids, map(jax.new_ref, values), strict=True))

@@ -399,6 +399,7 @@ def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     mask = selector.mask(flat)
     indices = [i for i in flat.differentiable if mask[i]]
     if not indices:
+        refuse_brainstate(flat.leaves, caller)
         raise ValueError(
             f"`{caller}` must select inexact arrays. Got {selector!r}, which selects "
             f"{_describe_chosen(flat, mask)} of the `{type(flat.tree).__name__}`. "

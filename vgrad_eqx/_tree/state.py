@@ -165,12 +165,35 @@ class State(Generic[_T]):
     # Without these, NumPy would make an array of objects of it, and Equinox, when it saves a
     # module, would leave it out and say nothing.
     def __array__(self, *args: object, **kwargs: object) -> Any:
-        raise TypeError(
+        raise TypeError(self._describe_mistake())
+
+    # Raises when it is looked for, since JAX does not call it everywhere, and another error
+    # than a `TypeError`, in the place of which JAX raises its own.
+    @property
+    def __jax_array__(self) -> Any:
+        raise ValueError(self._describe_mistake())
+
+    def _describe_mistake(self) -> str:
+        return (
             f"{self!r} is a reference and no array. Take its `value`. To save the states of a "
             "module, use `vg.save`."
         )
 
-    __jax_array__ = __array__
+    def __getattr__(self, name: str) -> Any:
+        hint = " It is a reference. Take its `value`." if hasattr(jax.Array, name) else ""
+        raise AttributeError(
+            f"`{type(self).__name__}` has no attribute `{name}`.{hint}", name=name, obj=self
+        )
+
+
+# What people do with arrays, and so with a state whose `value` they forgot. But two states
+# compare, because they are keys of dicts.
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or".split()
+_OTHERS = (
+    "lt le gt ge neg pos abs invert getitem setitem len bool int float complex round".split()
+)
+for _name in [*_BINARY, *[f"r{name}" for name in _BINARY], *_OTHERS]:
+    setattr(State, f"__{_name}__", State.__array__)
 
 
 def _make_state(cls: type[State], value: object, name: str | None) -> State:

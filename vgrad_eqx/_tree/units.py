@@ -44,8 +44,9 @@ def _is_foreign(node: object) -> bool:
     if is_quantity is not None and is_quantity(node):
         return False
     names = {base.__name__ for base in type(node).__mro__}  # of unxt, astropy and pint
-    has_unit = hasattr(node, "unit") or hasattr(node, "units")
-    return has_unit and not names.isdisjoint({"Quantity", "AbstractQuantity", "PlainQuantity"})
+    if names.isdisjoint({"Quantity", "AbstractQuantity", "PlainQuantity"}):
+        return False
+    return hasattr(node, "unit") or hasattr(node, "units")
 
 
 def split_unit(leaf: Any) -> tuple[Any, Any]:
