@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools as ft
-import itertools
 import operator
 from collections.abc import Callable, Mapping
+from itertools import starmap
 from typing import Any, cast, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -24,7 +24,7 @@ from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
-from .flat_step import FlatStep, list_names, Metrics, Options
+from .flat_step import FlatStep, list_names, Metrics, Options, PLAIN
 from .interrupts import held, release
 from .over_states import StateFunction, UnknownStates
 from .train_state import Training, TrainState
@@ -269,21 +269,20 @@ def _make_step(trainer: _Trainer) -> TrainStep:
             trainer.check(state)
         training, leaves = state.training, None
         flat_step = training.flat_step
-        compiled, inputs = flat_step.compiled, batch
-        if kwargs or not flat_step.plain.issuperset(map(type, batch)):
+        program, inputs, is_plain = flat_step.program, batch, not kwargs
+        for each in batch:
+            is_plain = is_plain and type(each) in PLAIN
+        if not is_plain:
             program, inputs = flat_step.find_program(batch, kwargs)
-            compiled = program.call
         try:
             # Unpacked by C code, so that no interrupt comes before the results are stored.
-            ((leaves, value, aux, norms),) = itertools.starmap(
-                compiled, ((state.leaves, training.frozen, inputs),)
+            ((leaves, value, aux, norms),) = starmap(
+                program.call, ((state.leaves, training.frozen, inputs),)
             )
             if held:
                 release()
-            following = TrainState(training, leaves, state.count + flat_step.steps_per_call)
-            if training.history is not None:
-                training.history.note(following)
-            return following, Metrics(value, aux, norms)
+            count = state.count + flat_step.steps_per_call
+            return training.make_next(training, leaves, count), Metrics(value, aux, norms)
         except UnknownStates as unknown:
             extended = trainer.extend(state, unknown)
         except BaseException as error:
