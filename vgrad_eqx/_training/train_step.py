@@ -290,6 +290,7 @@ def _make_step(trainer: _Trainer) -> TrainStep:
             raise
         return step(extended, *batch, **kwargs)
 
+    step.__doc__ = TrainStep.__call__.__doc__
     vars(step).update(init=trainer.init, lower=trainer.lower)
     return cast(TrainStep, step)
 
