@@ -203,7 +203,7 @@ class TrainState:
         return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Training:
     """What the states that were made of one another have in common.
 
