@@ -470,12 +470,12 @@ class Program:
     """
 
     def __init__(self, run: Callable[..., Any], donate: bool):
-        def traced(leaves: Any, frozen: Any, batch: Any) -> Any:
+        def run_step(leaves: Any, frozen: Any, batch: Any) -> Any:
             results = run(leaves, frozen, batch)
             hold()
             return results
 
-        self.compiled: Any = jax.jit(traced, donate_argnums=0) if donate else jax.jit(run)
+        self.compiled: Any = jax.jit(run_step, donate_argnums=0) if donate else jax.jit(run)
         self.call: Any = self._call_with_care if donate else self.compiled
         self._num_calls = 0
         self._calls_python = False

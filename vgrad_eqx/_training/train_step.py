@@ -297,19 +297,21 @@ def _make_step(trainer: _Trainer) -> TrainStep:
 
 def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
     """Leaves a state to go on with, if there is one, and says what `eqx.error_if` says."""
-    if leaves is None and "has been deleted" in str(error):
-        state.check()  # to look before each call would take a share of its time
-    clear = explain(error)
-    if state.is_donated and leaves is not None:
-        state.take_over(leaves)
-    elif state.is_donated:
-        clear.add_note(
-            "The step had taken over the arrays of its `TrainState`, so this state is gone. To "
-            "go on after such an error, use `vg.train_step(..., keep_every=n)`, which copies "
-            "each n-th state to `state.kept`, or `donate=False`, which keeps every state and "
-            "takes twice the memory. `vg.save` writes one to a file."
-        )
-    release()
+    try:
+        if leaves is None and "has been deleted" in str(error):
+            state.check()  # to look before each call would take a share of its time
+        clear = explain(error)
+        if state.is_donated and leaves is not None:
+            state.take_over(leaves)
+        elif state.is_donated:
+            clear.add_note(
+                "The step had taken over the arrays of its `TrainState`, so this state is "
+                "gone. To go on after such an error, use `vg.train_step(..., keep_every=n)`, "
+                "which copies each n-th state to `state.kept`, or `donate=False`, which keeps "
+                "every state and takes twice the memory. `vg.save` writes one to a file."
+            )
+    finally:
+        release()
     if clear is not error:
         raise clear from None
 
