@@ -1,6 +1,7 @@
 """What is left of a training after an error, and after Ctrl-C at any moment."""
 
 import _thread
+import contextlib
 import random
 import signal
 import sys
@@ -120,6 +121,8 @@ def count_events(training, interrupt_at=None):
 
     def note(frame, event, arg):
         nonlocal count, is_traced
+        if event == "return" and frame.f_code.co_name == "step":
+            return  # Python handles no signal between this and the storing of the result
         is_traced |= event == "return" and frame.f_code.co_name == "run"
         count += is_traced
         if count == interrupt_at:
@@ -202,6 +205,31 @@ def test_a_handler_of_the_user_is_called_after_the_step():
         signal.signal(signal.SIGINT, before)
     assert [number for number, _ in seen] == [signal.SIGINT]
     assert training.state.count == 1
+
+
+def failing(w, x):
+    raise ZeroDivisionError
+
+
+def take_one(step):
+    step(step.init(ONE), 1.0)
+
+
+USES: dict[str, Any] = {
+    "used twice": lambda step, state: [step(state, 1.0), step(state, 1.0)],
+    "lowered": lambda step, state: step.lower(state, 1.0),
+    "an error in the trace": lambda step, state: take_one(vg.train_step(failing, SGD)),
+    "an error at run time": lambda step, state: fail(step, state),
+}
+SGD = optax.sgd(0.1)
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_nothing_is_held_back_after_an_error(use):
+    step = vg.train_step(guarded, SGD)
+    with contextlib.suppress(Exception):
+        use(step, step.init(ONE))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_other_threads_hold_nothing_back():

@@ -168,6 +168,47 @@ def test_an_ensemble_of_trainings():
     assert tree_allclose(third.model, make(keys[2]))
 
 
+def test_trainings_over_states_share_their_programs():
+    func, traces = count_traces(lambda x: jnp.sum((w.value * x) ** 2) + 0 * count.value)
+    w, count = vg.State(jnp.ones(3)), vg.State(0.0)
+    step = vg.train_step(func, optax.adam(0.1), w)
+
+    def train():
+        with step.init() as state:
+            for _ in range(3):
+                state, _ = step(state, jnp.ones(3))
+        return state
+
+    first = train()
+    number, after_first = len(traces), w.value
+    second = train()
+    assert len(traces) == number
+    assert not tree_allclose(w.value, after_first)
+    assert first.training.flat_step is second.training.flat_step
+    # Each has an optimizer of its own.
+    first.sync()
+    assert tree_allclose(w.value, after_first)
+    assert jax.tree.structure(first) != jax.tree.structure(second)
+
+
+def test_two_trainings_over_states_at_once():
+    w, calls = vg.State(jnp.ones(3)), vg.State(0)
+
+    def func(x):
+        calls.value += 1
+        return jnp.sum((w.value * x) ** 2)
+
+    step = vg.train_step(func, sgd(0.1), w, donate=False)
+    first = step.init()
+    second, other = step.init(), first.set_hyperparams(learning_rate=0.0)
+    # The first step finds out that `calls` is used, after these were made.
+    following, _ = step(first, jnp.ones(3))
+    for state, value in ((second, 0.8), (other, 1.0), (first, 0.8), (following, 0.64)):
+        state, _ = step(state, jnp.ones(3))
+        state.sync()
+        np.testing.assert_allclose(w.value, value, rtol=1e-6)
+
+
 # Hyperparameters
 
 

@@ -1,6 +1,5 @@
 """The operators: `vector_grad`, which explains all options, and its siblings."""
 
-import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, cast, overload, ParamSpec, Protocol
 
@@ -16,11 +15,17 @@ from .engine import (
     push_forward_columns,
     push_forward_rows,
 )
+from .flat_function import FlatFunction
 
 
 _P = ParamSpec("_P")
 
-_PULL_BACK_SCALAR = ft.partial(pull_back, of_scalar=True)
+
+def _pull_back_scalar(
+    func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+) -> Any:
+    # A `functools.partial` would not equal its copy.
+    return pull_back(func, diff, flat_func, of_scalar=True)
 
 
 @overload
@@ -253,7 +258,7 @@ def grad(
 
     **Source:** `jax.grad`, JAX 0.10; `brainstate.transform.grad`, brainstate 0.5.
     """
-    return make_transform(Operator("grad", _PULL_BACK_SCALAR, adds_up=True), **locals())
+    return make_transform(Operator("grad", _pull_back_scalar, adds_up=True), **locals())
 
 
 @_with_overloads

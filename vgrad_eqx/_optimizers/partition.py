@@ -139,18 +139,20 @@ def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
                 return tx.update(updates, state, params, **extra_args)
             except TypeError as error:
                 # Only a call tells what those inside of an `optax.chain` take.
-                refused = _find_refused(error)
-                if refused not in extra_args:
+                refused = extra_args.keys() & _find_refused(error)
+                if not refused:
                     raise
-                del extra_args[refused]
+                for name in refused:
+                    del extra_args[name]
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _find_refused(error: TypeError) -> str | None:
-    """The keyword argument that a function does not take."""
-    found = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
-    return None if found is None else found[1]
+def _find_refused(error: TypeError) -> set[str]:
+    """The keyword arguments that a function, or a line search of optax, does not take."""
+    known = r"got an unexpected keyword argument ('.*?')|not consumed by .*?: (\[.*?\])"
+    found = re.search(known, str(error))
+    return set() if found is None else set(re.findall(r"'(\w+)'", found[0]))
 
 
 def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,11 +165,8 @@ class FlatStep:
             check_states=options.check_states and states is None,
             debug_nan=False,
         )
-        self._program = Program(self.run, options.donate)
+        self.program = Program(self.run, options.donate)
         self._programs = Cache()
-        self.compiled = self._program.compiled
-        # The types of batches that `compiled` takes as they are. None before it is settled.
-        self.plain: set[type] = set()
         # The states by reference that it was found to lack.
         self.unknown: UnknownStates | None = None
 
@@ -179,21 +176,18 @@ class FlatStep:
         All that is no array or number is constant; and so is a number in a module, which may
         decide by it.
         """
-        if self._program.is_settled:
-            self.plain = PLAIN
-        return self._find_program(batch, kwargs)
-
-    def _find_program(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs and all(map(_is_plain, batch)):
+            return self.program, batch
         inputs = batch, kwargs
         leaves = jtu.tree_leaves(inputs, is_leaf=_is_module)
-        if not kwargs and PLAIN.issuperset(map(type, leaves)):
-            return self._program, batch
         PLAIN.update([type(leaf) for leaf in leaves if isinstance(leaf, jax.Array)])
+        if not kwargs and PLAIN.issuperset(map(type, leaves)):
+            return self.program, batch
         inputs = jtu.tree_map(_trace_number, inputs, is_leaf=_is_module)
         split = split_arrays(inputs, is_array)
         rest = split.rest
         if not kwargs and len(split.diff) == rest.structure.num_leaves:
-            return self._program, inputs[0]
+            return self.program, inputs[0]
         constants = tuple([(type(leaf), leaf) for leaf in rest.constants])
         try:
             hash((rest.structure, constants))
@@ -485,19 +479,15 @@ class Program:
     """
 
     def __init__(self, run: Callable[..., Any], donate: bool):
-        def traced(leaves: Any, frozen: Any, batch: Any) -> Any:
+        def run_step(leaves: Any, frozen: Any, batch: Any) -> Any:
             results = run(leaves, frozen, batch)
             hold()
             return results
 
-        self.compiled: Any = jax.jit(traced, donate_argnums=0) if donate else jax.jit(run)
+        self.compiled: Any = jax.jit(run_step, donate_argnums=0) if donate else jax.jit(run)
         self.call: Any = self._call_with_care if donate else self.compiled
         self._num_calls = 0
         self._calls_python = False
-
-    @property
-    def is_settled(self) -> bool:
-        return self.call is self.compiled
 
     def _call_with_care(self, leaves: Any, frozen: Any, batch: Any) -> Any:
         if is_any_traced(leaves):
@@ -523,6 +513,16 @@ CONCRETE: set[type] = set()
 # `isinstance` with its second argument bound, so that JAX calls no Python for each node.
 _is_module = type.__instancecheck__.__get__(eqx.Module)
 _is_string = type.__instancecheck__.__get__(str)
+
+
+def _is_plain(node: Any) -> bool:
+    """Whether JAX takes a part of a batch as it is. It need not find out all that are so."""
+    kind = type(node)
+    if kind in PLAIN:
+        return True
+    if kind is dict:
+        return all(map(_is_plain, node.values()))
+    return kind in (tuple, list) and all(map(_is_plain, node))
 
 
 def _trace_number(leaf: object) -> Any:

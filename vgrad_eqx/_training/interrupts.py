@@ -29,10 +29,10 @@ def hold() -> None:
 def release() -> None:
     """Ends `hold`. A Ctrl-C that came since is handled now."""
     if held and threading.current_thread() is threading.main_thread():
-        handler, noted = held.pop(), _noted[:1]
+        handler = held.pop()
         signal.signal(signal.SIGINT, handler)
-        for each in noted:
-            handler(*each)
+        if _noted:
+            handler(*_noted[0])
 
 
 def _note(number: int, frame: FrameType | None) -> None:

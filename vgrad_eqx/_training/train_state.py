@@ -1,7 +1,7 @@
 """What a training step takes and returns."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Self, TypeVar
 
 import jax
@@ -127,7 +127,8 @@ class TrainState(Generic[_M]):
     def __enter__(self) -> Self:
         self._check_kind(True, "with")
         if self.training.history is None:
-            self.training.history = History(0)
+            History(0).attach(self.training)
+        assert self.training.history is not None
         self.training.history.latest = self
         return self
 
@@ -210,7 +211,7 @@ class TrainState(Generic[_M]):
         return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Training:
     """What the states that were made of one another have in common.
 
@@ -221,11 +222,14 @@ class Training:
     frozen: Any
     memory: Any
     history: "History | None" = None
+    make_next: Callable[..., TrainState] = TrainState
 
     @classmethod
     def begin(cls, flat_step: FlatStep, frozen: Any, memory: Any) -> "Training":
-        keep_every = flat_step.options.keep_every
-        return cls(flat_step, frozen, memory, History(keep_every) if keep_every else None)
+        training, keep_every = cls(flat_step, frozen, memory), flat_step.options.keep_every
+        if keep_every:
+            History(keep_every).attach(training)
+        return training
 
 
 class History:
@@ -236,13 +240,17 @@ class History:
         self.latest: Any = None
         self.kept: Any = None
 
-    def note(self, state: TrainState) -> None:
-        self.latest = state
-        if self._keep_every and not is_any_traced(state.leaves):
-            before = state.count - state.training.flat_step.steps_per_call
-            if before // self._keep_every < state.count // self._keep_every:
+    def attach(self, training: Training) -> None:
+        training.history, training.make_next = self, self._make_next
+
+    def _make_next(self, training: Training, leaves: Any, count: Any) -> TrainState:
+        self.latest = state = TrainState(training, leaves, count)
+        if self._keep_every and not is_any_traced(leaves):
+            before = count - training.flat_step.steps_per_call
+            if before // self._keep_every < count // self._keep_every:
                 # It waits for the values, so that only those of a good step are kept.
                 self.kept = jax.block_until_ready(state.copy())
+        return state
 
 
 def _is_good(state: TrainState | None) -> bool:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools as ft
-import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import starmap
 from typing import Any, cast, overload, Protocol, runtime_checkable, TypeVar
 
 import equinox as eqx
@@ -25,7 +25,7 @@ from .._tree.flat import FlatTree
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
 from .._tree.types import PyTree
-from .flat_step import FlatStep, list_names, Metrics, Options
+from .flat_step import FlatStep, list_names, Metrics, Options, PLAIN
 from .interrupts import held, release
 from .over_states import StateFunction, UnknownStates
 from .train_state import Training, TrainState
@@ -297,21 +297,20 @@ def _make_step(trainer: _Trainer) -> TrainStep:
             trainer.check(state)
         training, leaves = state.training, None
         flat_step = training.flat_step
-        compiled, inputs = flat_step.compiled, batch
-        if kwargs or not flat_step.plain.issuperset(map(type, batch)):
+        program, inputs, is_plain = flat_step.program, batch, not kwargs
+        for each in batch:
+            is_plain = is_plain and type(each) in PLAIN
+        if not is_plain:
             program, inputs = flat_step.find_program(batch, kwargs)
-            compiled = program.call
         try:
             # Unpacked by C code, so that no interrupt comes before the results are stored.
-            ((leaves, value, aux, norms),) = itertools.starmap(
-                compiled, ((state.leaves, training.frozen, inputs),)
+            ((leaves, value, aux, norms),) = starmap(
+                program.call, ((state.leaves, training.frozen, inputs),)
             )
             if held:
                 release()
-            following = TrainState(training, leaves, state.count + flat_step.steps_per_call)
-            if training.history is not None:
-                training.history.note(following)
-            return following, Metrics(value, aux, norms)
+            count = state.count + flat_step.steps_per_call
+            return training.make_next(training, leaves, count), Metrics(value, aux, norms)
         except UnknownStates as unknown:
             extended = trainer.extend(state, unknown)
         except BaseException as error:
@@ -319,25 +318,28 @@ def _make_step(trainer: _Trainer) -> TrainStep:
             raise
         return step(extended, *batch, **kwargs)
 
+    step.__doc__ = TrainStep.__call__.__doc__
     vars(step).update(init=trainer.init, lower=trainer.lower)
     return cast(TrainStep, step)
 
 
 def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
     """Leaves a state to go on with, if there is one, and says what `eqx.error_if` says."""
-    if leaves is None and "has been deleted" in str(error):
-        state.check()  # to look before each call would take a share of its time
-    clear = explain(error)
-    if state.is_donated and leaves is not None:
-        state.take_over(leaves)
-    elif state.is_donated:
-        clear.add_note(
-            "The step had taken over the arrays of its `TrainState`, so this state is gone. To "
-            "go on after such an error, use `vg.train_step(..., keep_every=n)`, which copies "
-            "each n-th state to `state.kept`, or `donate=False`, which keeps every state and "
-            "takes twice the memory. `vg.save` writes one to a file."
-        )
-    release()
+    try:
+        if leaves is None and "has been deleted" in str(error):
+            state.check()  # to look before each call would take a share of its time
+        clear = explain(error)
+        if state.is_donated and leaves is not None:
+            state.take_over(leaves)
+        elif state.is_donated:
+            clear.add_note(
+                "The step had taken over the arrays of its `TrainState`, so this state is "
+                "gone. To go on after such an error, use `vg.train_step(..., keep_every=n)`, "
+                "which copies each n-th state to `state.kept`, or `donate=False`, which keeps "
+                "every state and takes twice the memory. `vg.save` writes one to a file."
+            )
+    finally:
+        release()
     if clear is not error:
         raise clear from None
 
