@@ -65,6 +65,25 @@ def test_an_error_leaves_the_old_file_alone(path, system, monkeypatch, name, err
     check_old(path)
 
 
+def test_the_file_is_on_the_disk_before_its_name_is(path, system, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        steps.append("folder" if is_folder else "file")
+        fsync(descriptor)
+
+    def note_replace(*args, **kwargs):
+        steps.append("name")
+        replace(*args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    vg.save(path, OLD)
+    assert steps == ["file", "name", "folder"]
+
+
 def test_a_disk_without_fsync_is_written_to(path, system, monkeypatch):
     def fail(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")

@@ -138,6 +138,15 @@ def test_func_runs_once_a_call(gradient, check_states):
         assert func.calls == calls
 
 
+def test_a_leaf_may_be_in_several_groups():
+    tree = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
+    groups = vg.vector_grad(lambda tree: tree["a"] * tree["b"], ["a", "**"])
+    for transform in (groups, jax.jit(groups), vg.jit(groups)):
+        first, every = transform(tree)
+        assert tree_allclose(first, {"a": tree["b"]})
+        assert tree_allclose(every, {"a": tree["b"], "b": tree["a"]})
+
+
 @both_ways
 def test_func_that_raises_runs_once(gradient):
     def fail(w):

@@ -306,6 +306,12 @@ def test_predicates_tell_numpy_arrays_from_jax_arrays():
         vg.jit(vg.states)({"b": np.ones(2)}, lambda leaf: leaf.sum() > 0)
 
 
+def test_a_bool_and_an_array_of_a_bool_are_told_apart():
+    is_bool = vg.jit(lambda flag: isinstance(flag, bool))
+    for flag in (jnp.array(True), True, jnp.array(True), False, 1, True, 1.0):
+        assert is_bool(flag) is isinstance(flag, bool)
+
+
 LEAVES = st.sampled_from([jnp.ones(2), jnp.zeros(2), jnp.ones(3), 1, 2.0, True, "a", None])
 
 

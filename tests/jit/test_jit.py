@@ -209,11 +209,13 @@ class Lists(eqx.Module):
     by_name: dict[str, jax.Array]
 
 
+@pytest.mark.parametrize("num_calls", [1, 40])
 @pytest.mark.parametrize("length", [2, 20])
-def test_a_changed_list_of_a_module_is_noticed(length):
+def test_a_changed_list_of_a_module_is_noticed(length, num_calls):
     compiled = vg.jit(vg.vector_grad(lambda m: sum(x**2 for x in m.items), "items"))
     module = Lists([jnp.ones(2)] * length, {})
-    compiled(module)
+    for _ in range(num_calls):
+        compiled(module)
     module.items[1] = jnp.full(2, 3.0)
     assert compiled(module)["items.1"].tolist() == [6.0, 6.0]
     module.items.append(jnp.full(2, 4.0))

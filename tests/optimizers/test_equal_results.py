@@ -157,7 +157,10 @@ def test_all_ways_agree(name):
         assert tree_allclose(train(row), expected, rtol=1e-7, atol=1e-7), way
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "lbfgs with zoom line search", "momentum"])
+LONG = pytest.param("lbfgs with zoom line search", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "momentum", LONG])
 def test_packed_steps_and_steps_over_states_agree(name):
     expected = by_hand(TABLE[name])
     packed = by_train_step(TABLE[name], packed=True)
@@ -166,7 +169,7 @@ def test_packed_steps_and_steps_over_states_agree(name):
     assert tree_allclose(over_states, expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", FOR_OPTIMIZERS_ONLY & TABLE.keys())
+@pytest.mark.parametrize("name", sorted(FOR_OPTIMIZERS_ONLY & TABLE.keys()))
 def test_a_state_of_changing_structure_is_refused(name):
     row = TABLE[name]
     with pytest.raises(ValueError, match="one whose first step changes it.*`vg.Optimizer`"):

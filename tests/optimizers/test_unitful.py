@@ -93,7 +93,10 @@ def test_without_a_scale_it_does(row):
     assert holds is row.holds_without_scale, row.why
 
 
-@pytest.mark.parametrize("name", ["momentum", "adamw", "lbfgs with zoom line search"])
+LONG = pytest.param("lbfgs with zoom line search", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", LONG])
 def test_mixed_spellings_agree_too(name):
     small, odd = [fit(TABLE[name].make(), each, SCALE, steps=5) for each in ("small", "odd")]
     assert tree_allclose(small, odd, rtol=2e-3, atol=2e-3)

@@ -93,6 +93,32 @@ def test_glob_matches_regular_characters_literally():
     assert list(vg.states(tree, "[^]")) == ["^"]
 
 
+# Names that a glob selects, and others that it does not.
+EDGES = {
+    "a.**.**": (["a", "a.b", "a.b.c"], ["ab", "b", "b.a"]),
+    "a[!b]c": (["acc", "axc"], ["a.c", "abc"]),
+    r"[\a]": (["\\", "a"], ["\\a", "b"]),
+    r"[!\a]": (["b"], ["\\", "a", "bb"]),
+}
+
+
+@pytest.mark.parametrize(("glob", "names"), EDGES.items(), ids=EDGES.keys())
+def test_edges_of_globs(glob, names):
+    tree = {name: jnp.ones(1) for name in sum(names, [])}
+    assert list(vg.states(tree, glob)) == names[0]
+
+
+@pytest.mark.parametrize("second", ["{b,c}", "{b,c,d}"])
+def test_braces_for_more_than_a_thousand_paths_are_refused(second):
+    glob = f"{{{','.join(f'a{i}' for i in range(500))}}}{second}"
+    tree = {"a1b": jnp.ones(1), "a1": jnp.ones(1)}
+    if second == "{b,c}":
+        assert list(vg.states(tree, glob)) == ["a1b"]
+    else:
+        with pytest.raises(ValueError, match="braces for more than 1,000 paths"):
+            vg.states(tree, glob)
+
+
 SELECTORS = {
     "all": (True, EVERY),
     "several globs": (vg.path("head.9", "norm.bias"), ["head.9", "norm.bias"]),

@@ -200,6 +200,16 @@ def test_the_state_of_batch_norm_is_carried_along(has_aux):
     assert (metrics.aux is not None) is has_aux
 
 
+def test_each_part_of_an_accumulated_batch_sets_the_state_of_batch_norm():
+    model, nn_state = eqx.nn.make_with_state(Normed)(jr.key(0))
+    step = vg.train_step(normed_loss, optax.sgd(1e-1), accumulate=2)
+    x, y = make_batch(lead=(2,))
+    state, _ = step(step.init(model, nn_state=nn_state), x, y)
+    for i in range(2):
+        _, nn_state = normed_loss(model, nn_state, x[i], y[i])
+    assert tree_allclose(jax.tree.leaves(state.nn_state), jax.tree.leaves(nn_state))
+
+
 def test_a_line_search_with_the_state_of_batch_norm():
     model, nn_state = eqx.nn.make_with_state(Normed)(jr.key(0))
     step = vg.train_step(normed_loss, optax.lbfgs())
