@@ -39,7 +39,7 @@ def make_ways(arrays: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], An
 
     ways = {
         "safetensors": (
-            lambda: safetensors.flax.save_file(arrays, folder / "safetensors"),
+            lambda: safetensors.flax.save_file(dict(arrays), folder / "safetensors"),
             lambda: safetensors.flax.load_file(folder / "safetensors"),
         ),
         "vg.save, vg.load": (

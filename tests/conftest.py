@@ -1,4 +1,5 @@
 import importlib
+import os
 from importlib.metadata import version
 
 import equinox.internal as eqxi
@@ -13,13 +14,41 @@ importlib.import_module("brainstate")
 jax.config.update("jax_enable_x64", x64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of the time of an example, and its share of it varies from run to run.
-hypothesis.settings.register_profile("jax", deadline=None, max_examples=25, derandomize=True)
-hypothesis.settings.load_profile("jax")
+for profile, max_examples in {"quick": 10, "slow": 50}.items():
+    hypothesis.settings.register_profile(
+        profile, deadline=None, max_examples=max_examples, derandomize=True
+    )
 
 
 def pytest_addoption(parser):
     for mark in ("slow", "nightly"):
         parser.addoption(f"--{mark}", action="store_true", help=f"run the {mark} tests as well")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Runs a whole suite, but not a named part, in as many processes as there are cores."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    is_worker = hasattr(config, "workerinput")
+    if is_whole and not is_worker and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = "auto"
+        config.option.dist = "worksteal"
+
+
+def pytest_configure(config):
+    """Compiles without optimizing, and draws few examples, but for the slow tests.
+
+    Half of the time of the tests is that of the compiler.
+    """
+    is_slow = config.getoption("--slow") or config.getoption("--nightly")
+    hypothesis.settings.load_profile("slow" if is_slow else "quick")
+    if is_slow:
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    # Takes a third from the time of compiling. Later versions have no other code for fusions.
+    if version("jaxlib").startswith("0.10."):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,8 +1,11 @@
 import os
+import re
 import subprocess
 import sys
 
 import equinox as eqx
+import hypothesis
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -18,6 +21,15 @@ def make_mlp(depth=2, seed=0):
 
 def apply(model, x):
     return model(x)
+
+
+WAYS = {"eager": lambda func: func, "jit": jax.jit, "filter_jit": eqx.filter_jit}
+
+
+def draw(num_examples):
+    """Draws so many examples of each ten, of those which take long to compile."""
+    default = hypothesis.settings().max_examples
+    return hypothesis.settings(max_examples=num_examples * default // 10)
 
 
 class Counted:
@@ -46,6 +58,11 @@ def column_sums(jacobian, out, tree):
         tree,
         *summed,
     )
+
+
+def count_instructions(compiled):
+    """The number of instructions of a compiled program."""
+    return len(re.findall(r"^\s+(ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE))
 
 
 NUM_DEVICES = 8

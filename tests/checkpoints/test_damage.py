@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import vgrad_eqx as vg
+from vgrad_eqx._checkpoints import sources
 
 from .test_leaves import is_same
 
@@ -39,6 +41,45 @@ def test_every_flipped_bit_is_found(path):
         path.write_bytes(flipped)
         with pytest.raises(ValueError, match=ERROR):
             vg.load(path, TREE)
+
+
+def make_large_tree():
+    """Arrays of several chunks and of less than one, of which threads read some ahead."""
+    generator = np.random.default_rng(0)
+    sizes = {"first": 3, "large": 3_000_000, "small": 50, "larger": 9_000_001, "last": 1}
+    return {name: generator.bytes(size) for name, size in sizes.items()}
+
+
+def test_large_arrays_are_read_by_several_threads(path):
+    tree = {name: np.frombuffer(data, "uint8") for name, data in make_large_tree().items()}
+    like = {name: np.zeros_like(array) for name, array in tree.items()}
+    tree["jax"] = jnp.arange(3_000_000)
+    like["jax"] = jnp.zeros_like(tree["jax"])
+    vg.save(path, tree)
+    loaded = vg.load(path, like)
+    assert all(is_same(leaf, loaded[name]) for name, leaf in tree.items())
+    data = path.read_bytes()
+    for position in np.linspace(len(data) // 50, len(data) - 1, 9, dtype=int):
+        flipped = bytearray(data)
+        flipped[position] ^= 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=ERROR):
+            vg.load(path, like)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_found(path, monkeypatch):
+    tree = {name: np.frombuffer(data, "uint8") for name, data in make_large_tree().items()}
+    vg.save(path, tree)
+    read_header = sources.read_header
+
+    def read_and_cut(file):
+        header = read_header(file)
+        os.truncate(path, path.stat().st_size - 5_000_000)
+        return header
+
+    monkeypatch.setattr(sources, "read_header", read_and_cut)
+    with pytest.raises(ValueError, match="It was cut off while it was read"):
+        vg.load(path, tree)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1, -64])

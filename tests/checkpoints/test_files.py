@@ -209,6 +209,7 @@ def kill(path, times):
     assert len(os.listdir(path.parent)) <= 2
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_whole_checkpoint(path):
     kill(path, 50)
 

@@ -122,6 +122,7 @@ for options in ({}, {"grad_states": "**"}, {"grad_states": "**", "check_states":
 """
 
 
+@pytest.mark.slow
 def test_eager_calls_compile_what_they_do_by_hand():
     # In a process of its own, in which no other test has made a state.
     subprocess.run([sys.executable, "-c", COUNT_COMPILATIONS], check=True)

@@ -19,7 +19,6 @@ import vgrad_eqx as vg
 from ..helpers import Counted, tree_allclose
 
 
-STEPS = 10_000
 TX = optax.adam(1e-3)
 
 
@@ -85,18 +84,19 @@ def read_memory():
     return int(pages) * 4096
 
 
+@pytest.mark.parametrize("num_steps", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", LOOPS.values(), ids=LOOPS.keys())
-def test_a_long_run_is_traced_once_in_the_same_memory(make):
+def test_a_long_run_is_traced_once_in_the_same_memory(make, num_steps):
     loss, x = Counted(mean_square), jnp.ones(3)
     advance = make(loss)
-    for _ in range(STEPS // 10):
+    for _ in range(num_steps // 10):
         advance(x)
     arrays, memory = len(jax.live_arrays()), read_memory()
-    for _ in range(STEPS):
+    for _ in range(num_steps):
         advance(x)
     assert loss.calls == 1
     assert len(jax.live_arrays()) <= arrays
-    # A single array of 100 bytes in each step would be a megabyte.
+    # An array of 100 bytes in each of 10 000 steps would be a megabyte.
     assert read_memory() - memory < 1_000_000
 
 

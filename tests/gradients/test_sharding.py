@@ -248,6 +248,23 @@ def test_optimizers_of_states_keep_where_everything_lies(tx, layout):
     assert tree_allclose(jax.device_get(values), jax.device_get(vg.states(alone.model)))
 
 
+@inside
+@layouts
+def test_a_state_that_is_set_to_a_constant_keeps_where_it_lies(layout):
+    _, _, sharded, _ = make_problem(layout)
+    states = {name: vg.State(leaf) for name, leaf in vg.states(sharded).items()}
+
+    @vg.jit
+    def reset():
+        for state in states.values():
+            state.value = jnp.zeros(state.value.shape)
+
+    reset()
+    values = {name: state.value for name, state in states.items()}
+    assert_lie_alike(values, vg.states(sharded))
+    assert not any(value.any() for value in values.values())
+
+
 def count_collectives(compiled):
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return Counter(re.findall(rf" ({names})(?:-start)?\(", compiled.as_text()))

@@ -152,17 +152,23 @@ def test_a_method_donates_its_module():
     assert float(model.increment[0]) == 3.0
 
 
-def test_a_function_that_is_wrapped_again_is_not_traced_again():
-    counted, data = Counted(lambda x: x + 1), jnp.arange(3.0)
+@pytest.mark.parametrize(
+    "wrap", [lambda func: func, eqx.filter_vmap, eqx.filter_grad, vg.grad, jtu.Partial]
+)
+def test_a_function_that_is_wrapped_again_is_not_traced_again(wrap):
+    counted = Counted(lambda x: x + 1)
 
     def func(x):
         return counted(x)
 
+    x = jnp.array(1.0) if wrap in (eqx.filter_grad, vg.grad) else jnp.ones(3)
     for _ in range(3):
-        vg.jit(func)(data)
+        vg.jit(wrap(func))(x)
     assert counted.calls == 1
-    vg.jit(func, donate="all")(jnp.ones(3))
+    vg.jit(wrap(func), donate="all")(x + 1)
     assert counted.calls == 2
+    vg.jit(wrap(lambda x: func(2 * x)))(x)
+    assert counted.calls == 3
 
 
 def test_a_function_and_what_it_closes_over_are_collected():
@@ -197,7 +203,7 @@ def test_keyword_arguments_are_bound_as_positional_ones():
     func(jnp.ones(2), y=jnp.ones(2))
     assert counted.calls == 2
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
-        func(y=jnp.ones(2))
+        func(y=jnp.ones(2))  # pyright: ignore[reportCallIssue]
 
 
 def test_warnings_of_donated_arrays():
@@ -211,6 +217,10 @@ def test_warnings_of_donated_arrays():
             vg.jit(shrink, donate=donate)(jnp.array(1.0), jnp.ones(10))
     with pytest.raises(TypeError, match="incompatible shapes"):
         vg.jit(lambda x, y: x + y, donate="all")(jnp.ones(2), jnp.ones(3))
+    total = vg.jit(lambda x: jnp.sum(jnp.sin(x)), donate="all")
+    total(jnp.ones(4))
+    jax.vmap(total)(jnp.ones((3, 4)))
+    jax.grad(total)(jnp.ones(4))
     assert warnings.filters == before
 
 
@@ -354,7 +364,7 @@ def test_many_calls_keep_nothing():
     tree, _ = func({"w": jnp.ones(2), "s": "text"}, jnp.ones(2))
     gc.collect()
     before = len(gc.get_objects())
-    for _ in range(2000):
+    for _ in range(10_000):
         tree, _ = func(tree, jnp.ones(2))
     gc.collect()
     assert len(gc.get_objects()) - before < 100

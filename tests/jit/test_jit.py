@@ -343,7 +343,7 @@ def test_errors_of_the_gradient_are_raised():
     with pytest.raises(ValueError, match="nearest paths are `layers.2`"):
         compiled(make_mlp(), jnp.ones(3))
     with pytest.raises(TypeError, match="Got no positional argument"):
-        compiled()
+        compiled()  # pyright: ignore[reportCallIssue]
 
 
 def make_step(model, opt, x):
@@ -420,7 +420,7 @@ def test_a_static_value_without_a_hash_is_refused():
 
 def test_wrong_uses():
     with pytest.raises(TypeError, match=r"`jit\(func=...\)` must be a callable. Got 3"):
-        vg.jit(3)
+        vg.jit(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(
         ValueError, match=r"`jit\(donate=...\)` must be one of .*, .none.. Got .first'"
     ):

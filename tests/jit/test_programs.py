@@ -11,7 +11,7 @@ import optax
 import pytest
 import vgrad_eqx as vg
 
-from ..helpers import make_mlp
+from ..helpers import count_instructions, make_mlp
 
 
 TX = optax.adam(1e-2)
@@ -58,7 +58,7 @@ def measure(lowered) -> dict[str, Any]:
     cost, text = compiled.cost_analysis(), compiled.as_text()
     memory = compiled.memory_analysis()
     return {
-        "instructions": len(re.findall(r"^\s+(ROOT )?%\S+ = ", text, re.MULTILINE)),
+        "instructions": count_instructions(compiled),
         "aliased": len(re.findall(r"(may|must)-alias", text)),
         "flops": cost["flops"],
         "bytes": (memory.alias_size_in_bytes, memory.temp_size_in_bytes),

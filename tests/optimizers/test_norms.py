@@ -1,6 +1,7 @@
 """Norms of gradients, and their picture."""
 
 import sys
+from typing import Any
 
 import brainunit as u
 import jax
@@ -50,7 +51,7 @@ HISTORY = [
 
 
 def test_the_picture_shows_each_path_at_each_step():
-    ax = vg.plot_grad_norms(HISTORY)
+    ax: Any = vg.plot_grad_norms(HISTORY)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["body", "dead", "head"]
     regular, zero, not_finite = [image.get_array() for image in ax.images]
     shown = ~np.ma.getmaskarray(np.ma.masked_invalid(regular))

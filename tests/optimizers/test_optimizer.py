@@ -263,12 +263,12 @@ def test_a_state_that_mixes_leaves_cannot_be_taken_apart():
 MODEL = {"a": jnp.ones(2), "b": jnp.ones(3), "n": jnp.arange(2)}
 WRONG_MAKING = {
     "not a transformation": (
-        lambda: vg.Optimizer(optax.adam, MODEL),
+        lambda: vg.Optimizer(optax.adam, MODEL),  # pyright: ignore[reportArgumentType]
         TypeError,
         r"`Optimizer\(tx=...\)` must be an optax transformation, such as `optax.adam",
     ),
     "not one in a group": (
-        lambda: vg.Optimizer({"a": 1e-3}, MODEL),
+        lambda: vg.Optimizer({"a": 1e-3}, MODEL),  # pyright: ignore[reportArgumentType]
         TypeError,
         "or a dict from selector to transformation. Got 0.001",
     ),

@@ -108,7 +108,7 @@ partition: Any = vg.partition
 WRONG = {
     "no dict": (lambda: partition(SGD), TypeError, "must be a dict from selector"),
     "no group": (lambda: vg.partition({}), ValueError, "must have at least one group"),
-    "no transformation": (lambda: vg.partition({"a": 1.0}), TypeError, "must be an optax tr"),
+    "no transformation": (lambda: partition({"a": 1.0}), TypeError, "must be an optax tr"),
     "a module": (
         lambda: partition({"**": SGD}).init(make_mlp()),
         TypeError,

@@ -189,7 +189,7 @@ def test_one_trace_while_only_values_change(inside, check_states):
 
 def test_transform_itself_is_traced_once(getkey):
     transform = vg.vector_grad(apply, True)
-    once = eqx.debug.assert_max_traces(max_traces=1)(lambda *args: transform(*args))
+    once = eqx.debug.assert_max_traces(max_traces=1)(lambda *args: transform(*args))  # pyright: ignore[reportCallIssue]
     compiled = eqx.filter_jit(once)
     for seed in range(3):
         compiled(make_mlp(seed=seed), jr.normal(getkey(), (3,)))

@@ -226,6 +226,14 @@ USES = {
     "StateOptimizer": lambda net: vg.StateOptimizer(optax.sgd(0.1), net.states()),
     "states of a tree": lambda net: vg.states({"net": net}),
     "states of states": lambda net: vg.states(dict(net.states())),
+    "argument": lambda net: vg.grad(lambda net: 0.0)(net),
+    "selector": lambda net: vg.grad(lambda tree: 0.0, "**")({"net": net}),
+    "Optimizer": lambda net: vg.Optimizer(optax.sgd(0.1), net.states()),
+    "train_step": lambda net: vg.train_step(lambda net: 0.0, optax.sgd(0.1)).init([net]),
+    "save a net": lambda net: vg.save("checkpoint", net),
+    "save states": lambda net: vg.save("checkpoint", net.states()),
+    "save beside arrays": lambda net: vg.save("checkpoint", [X, {"w": net.weight}]),
+    "load": lambda net: vg.load("checkpoint", [X, {"w": net.weight}]),
 }
 
 
@@ -246,3 +254,10 @@ def test_a_split_net_is_differentiated_by_selector():
     grads = vg.vector_grad(apply, "**")(states, x)
     assert sorted(map(jnp.shape, grads.values())) == [(2,), (3, 2)]
     assert all(bool(jnp.all(grad == 1.0)) for grad in grads.values())
+
+
+def test_a_split_net_is_saved_and_loaded(tmp_path):
+    graphdef, states = brainstate.graph.treefy_split(brainstate.nn.Linear(3, 2))
+    vg.save(tmp_path / "net", states)
+    zeros = jax.tree.map(jnp.zeros_like, states)
+    assert tree_allclose(vg.load(tmp_path / "net", zeros), states)

@@ -1,7 +1,9 @@
-"""What reads a state, in which role, from where, and how it runs: right, or a clear error.
+"""What reads a state, in which role, from where, how it runs, and by which operator.
 
 Each cell is equal to the function of arrays, or it is refused by an error that names the state.
-`REFUSED` says which may be. A sample runs by default, and all cells by `--nightly`.
+`REFUSED` says which may be. Where JAX cannot differentiate the function of arrays either, it is
+an error as well. A sample runs by default. By `--nightly` run all cells of `vector_grad`, and
+for each other operator all constructs in all roles.
 """
 
 import itertools
@@ -12,6 +14,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import vgrad_eqx as vg
 
@@ -334,7 +337,7 @@ REFUSED = {
 }
 ROLES = ["differentiated", "bystander", "set", "both"]
 PLACES = ["local", "global", "field", "default"]
-WAYS = ["eager", "jit", "scan"]
+WAYS = ["eager", "jit", "vg.jit", "scan"]
 
 here: dict[str, vg.State] = {}  # of the global variable
 
@@ -370,8 +373,8 @@ GETTERS = {
 def run(call, way):
     if way == "eager":
         return call()
-    if way == "jit":
-        return jax.jit(lambda: call())()
+    if way != "scan":
+        return (jax.jit if way == "jit" else vg.jit)(lambda: call())()
     return jax.tree.map(
         lambda leaf: leaf[-1], jax.lax.scan(lambda c, _: (c, call()), 0, length=2)[1]
     )
@@ -382,16 +385,62 @@ def differentiate(func, *args):
     return pull(jnp.ones_like(y))
 
 
+def total(func):
+    return lambda *args: jnp.sum(func(*args))
+
+
+def by_all(transform):
+    """A transform of JAX, by all arguments."""
+    return lambda func, *args: transform(func, argnums=tuple(range(len(args))))(*args)
+
+
+def take_own_blocks(func, *args):
+    """Ours leaves out the derivatives by both a state and an argument."""
+    return [row[i] for i, row in enumerate(by_all(jax.hessian)(func, *args))]
+
+
+def take_diagonal(func, *args):
+    blocks = by_all(jax.jacrev)(func, *args)
+    if any(bool(jnp.any(block * (1 - jnp.eye(3)))) for block in blocks):
+        raise ValueError("not elementwise")
+    return [jnp.diagonal(block) for block in blocks]
+
+
+def train(func, state):
+    def call(x):
+        step = vg.train_step(total(func), optax.sgd(1.0), state)
+        before = state.value
+        training, _ = step(step.init(), x)
+        training.sync()
+        after, state.value = state.value, before
+        return before - after
+
+    return call
+
+
+# Ours, JAX's, and what both are of.
+OPERATORS = {
+    "vector_grad": (vg.vector_grad, differentiate, lambda func: func),
+    "grad": (vg.grad, by_all(jax.grad), total),
+    "jacrev": (vg.jacrev, by_all(jax.jacrev), lambda func: func),
+    "jacfwd": (vg.jacfwd, by_all(jax.jacfwd), lambda func: func),
+    "hessian": (vg.hessian, take_own_blocks, total),
+    "elementwise_grad": (vg.elementwise_grad, take_diagonal, lambda func: func),
+    "train_step": (train, by_all(jax.grad), total),
+}
+
+
 def catch(call):
     try:
         return call(), None
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return None, error
 
 
-def check(name, role, place, way):
+def check(name, role, place, way, operator):
     func, state = CONSTRUCTS[name], vg.State(W, name=NAME)
     get, other = GETTERS[place](state), vg.State(X)
+    ours, by_jax, wrap = OPERATORS[operator]
 
     def set_before(x):
         state.value = jnp.cos(x)
@@ -402,31 +451,30 @@ def check(name, role, place, way):
         return func(lambda: w, x)
 
     calls = {
-        "set": (
-            lambda: differentiate(set_by_hand, X)[0],
-            lambda: vg.vector_grad(set_before)(X),
-        ),
+        "set": ((set_by_hand, X), lambda: ours(wrap(set_before))(X)),
         "both": (
-            lambda: differentiate(lambda w, x: func(lambda: w, x), W, X),
-            lambda: vg.vector_grad(lambda x: func(get, x), state, argnums=0)(X),
+            (lambda w, x: func(lambda: w, x), W, X),
+            lambda: ours(wrap(lambda x: func(get, x)), state, argnums=0)(X),
         ),
         "differentiated": (
-            lambda: differentiate(lambda w: func(lambda: w, X), W)[0],
-            lambda: vg.vector_grad(lambda x: func(get, x), state)(X),
+            (lambda w: func(lambda: w, X), W),
+            lambda: ours(wrap(lambda x: func(get, x)), state)(X),
         ),
         "bystander": (
-            lambda: differentiate(lambda x: func(lambda: W, x), X)[0],
-            lambda: vg.vector_grad(lambda: func(get, other.value), other)(),
+            (lambda x: func(lambda: W, x), X),
+            lambda: ours(wrap(lambda *_: func(get, other.value)), other)(X),
         ),
     }
-    by_hand, call = calls[role]
+    (func_by_hand, *args), call = calls[role]
     got, error = catch(lambda: run(call, way))
-    if error is None:
-        expected = by_hand()
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-3, 1e-4), got, expected)
+    if error is None or NAME not in str(error) or "must be elementwise" in str(error):
+        expected, error_by_hand = catch(lambda: by_jax(wrap(func_by_hand), *args))
+        assert (error is None) == (error_by_hand is None), error or error_by_hand
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+        for ours_now, by_hand in pairs:
+            np.testing.assert_allclose(ours_now, by_hand, 2e-3, 1e-4)
     else:
         assert name in REFUSED, error
-        assert NAME in str(error)
         assert re.search("argument|close over", str(error))
     # The state is as after the function of arrays, or as it was.
     last = [W, jnp.cos(X)] if role == "set" else [W]
@@ -434,14 +482,32 @@ def check(name, role, place, way):
 
 
 def list_cells():
-    names = sorted(CONSTRUCTS)
-    for (i, name), j, k in itertools.product(enumerate(names), range(4), range(12)):
-        place, way = PLACES[k % 4], WAYS[k % 3]
-        is_sampled = k == (5 * i + 3 * j + i // 4) % 12 and (i + j) % 2 == 0
-        marks = () if is_sampled else pytest.mark.nightly
-        yield pytest.param(name, ROLES[j], place, way, marks=marks)
+    """Of each construct, one cell of the sample."""
+    others = sorted(OPERATORS.keys() - {"vector_grad"})
+    for i, name in enumerate(sorted(CONSTRUCTS)):
+        operator = others[i // 2 % 6] if i % 2 else "vector_grad"
+        sample = (ROLES[i // 3 % 4], PLACES[i // 2 % 4], WAYS[(i + i // 4) % 4], operator)
+        cells = set(itertools.product(ROLES, PLACES, WAYS, ["vector_grad"]))
+        for j, k in itertools.product(range(4), range(6)):
+            cells.add((ROLES[j], PLACES[(i + k) % 4], WAYS[(i + j + k) % 4], others[k]))
+        sample, *cells = [restrict(*cell) for cell in (sample, *sorted(cells))]
+        yield pytest.param(name, *sample)
+        for cell in sorted({*cells} - {sample}):
+            yield pytest.param(name, *cell, marks=pytest.mark.nightly)
 
 
-@pytest.mark.parametrize(("name", "role", "place", "way"), list(list_cells()))
-def test_each_cell_is_right_or_a_clear_error(name, role, place, way):
-    check(name, role, place, way)
+def restrict(role, place, way, operator):
+    """A training step is compiled by itself, and over states alone.
+
+    What is not elementwise fails at run time, and under `jax.jit` the state is lost then.
+    """
+    if operator == "train_step":
+        role, way = role if role == "bystander" else "differentiated", "eager"
+    if operator == "elementwise_grad":
+        way = "eager" if way in ("eager", "scan") else "vg.jit"
+    return role, place, way, operator
+
+
+@pytest.mark.parametrize(("name", "role", "place", "way", "operator"), list(list_cells()))
+def test_each_cell_is_right_or_a_clear_error(name, role, place, way, operator):
+    check(name, role, place, way, operator)

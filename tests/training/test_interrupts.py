@@ -2,6 +2,8 @@
 
 import _thread
 import random
+import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 import optax
 import pytest
 import vgrad_eqx as vg
+from vgrad_eqx._training.interrupts import hold, release
+from vgrad_eqx._tree.state import write
 
 
 def loss(w, x):
@@ -96,13 +100,133 @@ def interrupt(training, seconds):
     timer.join()
 
 
-@pytest.mark.parametrize("times", [8, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [8, pytest.param(250, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("make", TRAININGS.values(), ids=TRAININGS.keys())
 def test_ctrl_c_loses_no_step(make, times):
     training, moments = make(), random.Random(times)
     for _ in range(times):
         interrupt(training, 0.002 + 0.01 * moments.random())
         training.check()
+
+
+def print_loss(w, x):
+    jax.debug.callback(lambda x: None, x)  # because of which JAX runs Python in each call
+    return loss(w, x)
+
+
+def count_events(training, interrupt_at=None):
+    """Takes a step, with Ctrl-C at one of the calls and returns since it was traced."""
+    count, is_traced = 0, not training.is_new
+
+    def note(frame, event, arg):
+        nonlocal count, is_traced
+        is_traced |= event == "return" and frame.f_code.co_name == "run"
+        count += is_traced
+        if count == interrupt_at:
+            sys.setprofile(None)
+            _thread.interrupt_main()
+
+    sys.setprofile(note)
+    try:
+        training.take_steps(0.0)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+class NewTraining(Training):
+    """A training whose first steps are to come."""
+
+    def __init__(self, func, num_steps):
+        self.step = vg.train_step(func, optax.adam(1e-6))
+        self.x, self.waits, self.is_new = jnp.ones(3), False, num_steps == 0
+        self.state = self.step.init({"a": jnp.ones(3)})
+        for _ in range(num_steps):
+            self.take_steps(0.0)
+
+
+CALLS = {
+    "first": (loss, 0),
+    "second": (loss, 1),
+    "with a callback": (print_loss, 3),
+}
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_ctrl_c_where_jax_runs_python_loses_nothing(call, times):
+    """Before the program is called, while it is, and after it."""
+    # The second one, because JAX does less for it.
+    number = [count_events(NewTraining(*call)) for _ in range(2)][-1]
+    training: Any = None
+    # Half of the moments are among the last events, where results are on their way.
+    late = np.linspace(max(1, number - 150), number - 1, times // 2, dtype=int)
+    for moment in [*np.linspace(1, number - 1, times // 2, dtype=int), *late]:
+        if training is None or call[1] < 2:
+            training = NewTraining(*call)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            count_events(training, moment)
+            raise KeyboardInterrupt  # it came inside of a destructor, which swallows it
+        training.is_new = False
+        training.check()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_after_another_size_of_a_batch():
+    training = NewTraining(loss, 3)
+    training.x, training.is_new = jnp.ones(()), True
+    with pytest.raises(KeyboardInterrupt):
+        count_events(training, 200)
+    training.check()
+    assert training.state.count == 5
+
+
+def test_the_second_ctrl_c_is_not_held_back():
+    count = 0
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        hold()
+        for count in range(1, 4):  # noqa: B007
+            _thread.interrupt_main()
+    assert count == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    release()
+
+
+def test_a_handler_of_the_user_is_called_after_the_step():
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *args: seen.append(args))
+    try:
+        training = NewTraining(loss, 0)
+        count_events(training, 200)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [number for number, _ in seen] == [signal.SIGINT]
+    assert training.state.count == 1
+
+
+def test_other_threads_hold_nothing_back():
+    training = NewTraining(loss, 0)
+    thread = threading.Thread(target=training.take_steps, args=(0.0,))
+    thread.start()
+    thread.join()
+    assert training.state.count == 1
+    training.check()
+
+
+def test_ctrl_c_while_a_with_block_ends_sets_all_states_or_none(monkeypatch):
+    training = StateTraining()
+    writes = []
+
+    def write_slowly(*args):
+        writes.append(args)
+        _thread.interrupt_main() if len(writes) == 1 else None
+        return write(*args)
+
+    monkeypatch.setattr("vgrad_eqx._training.flat_step.write", write_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        training.take_steps(0.0)
+    training.check()
+    assert len(writes) > 1
 
 
 def test_ctrl_c_in_a_with_block_sets_the_states():

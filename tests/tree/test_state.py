@@ -2,7 +2,9 @@
 
 import copy
 import io
+import operator
 import pickle
+from typing import Any
 
 import brainunit as u
 import equinox as eqx
@@ -54,7 +56,7 @@ def test_any_pytree_is_a_value(make):
 
 def test_number_becomes_an_array_of_strong_type():
     for number, dtype in ((2.5, jnp.result_type(float)), (3, jnp.result_type(int))):
-        value = vg.State(number).value
+        value: Any = vg.State(number).value
         assert value.dtype == dtype
         assert not value.weak_type
     assert not vg.State(jnp.asarray(2.5)).value.weak_type
@@ -210,11 +212,58 @@ def test_a_value_that_jax_differentiates_is_refused_and_the_way_out_is_said():
     assert state.value == 6.0
 
 
-def test_a_state_is_no_array():
-    state = vg.State(jnp.ones(2), "w")
-    for convert in (np.asarray, jnp.asarray, lambda state: np.ones(2) + np.asarray(state)):
-        with pytest.raises(TypeError, match=r"name='w'\) is a reference and no array. Take"):
-            convert(state)
+X = jnp.ones(2)
+
+# What people do with a state whose `value` they forgot.
+FORGOTTEN = {
+    "np.asarray": lambda s: np.asarray(s),
+    "jnp.asarray": lambda s: jnp.asarray(s),
+    "NumPy operator": lambda s: np.ones(2) + s,
+    "jnp.dot": lambda s: jnp.dot(s, X),
+    "jnp.sum": lambda s: jnp.sum(s),
+    "jnp.where": lambda s: jnp.where(s, X, X),
+    "jnp.stack": lambda s: jnp.stack([s, X]),
+    "index of an array": lambda s: X[s],
+    "@": lambda s: s @ X,
+    "right @": lambda s: X @ s,
+    "+": lambda s: s + 1,
+    "right +": lambda s: 1 + s,
+    "+=": lambda s: operator.iadd(s, 1),
+    "-": lambda s: -s,
+    "**": lambda s: s**2,
+    "<": lambda s: s < 1,
+    "[]": lambda s: s[0],
+    "[] =": lambda s: operator.setitem(s, 0, 1),
+    "iteration": lambda s: list(s),
+    "len": len,
+    "float": float,
+    "if": bool,
+    "shape": lambda s: s.shape,
+    "method": lambda s: s.sum(),
+    "at": lambda s: s.at[0].set(1),
+    "jit": lambda s: jax.jit(lambda x: x)(s),
+    "jax.grad": lambda s: jax.grad(lambda x: x)(s),
+    "vmap": lambda s: jax.vmap(lambda x: x)(s),
+    "vg.grad": lambda s: vg.grad(lambda x: x)(s),
+    "a layer": lambda s: eqx.nn.Linear(2, 2, key=jax.random.key(0))(s),
+}
+
+
+@pytest.mark.parametrize("use", FORGOTTEN.values(), ids=FORGOTTEN.keys())
+def test_a_forgotten_value_is_named(use):
+    kinds = (TypeError, ValueError, AttributeError)
+    with pytest.raises(kinds, match=r"is a reference.* Take its `value`|`value` of a state"):
+        use(vg.State(X, "w"))
+
+
+def test_a_state_is_a_key_and_has_no_attributes_of_its_own():
+    state, other = vg.State(X), vg.State(X)
+    assert {state: 1, other: 2}[state] == 1
+    assert state != other
+    assert state != X.tolist()
+    assert not hasattr(state, "shape")
+    with pytest.raises(AttributeError, match="`State` has no attribute `vlaue`.$"):
+        state.vlaue  # noqa: B018
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -5,10 +5,13 @@ in JSON, and the numbers, without gaps.
 """
 
 import collections
+import contextlib
+import functools as ft
 import hashlib
 import json
 import math
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,10 +53,10 @@ _LARGEST_HEADER = 100_000_000  # of the format
 _MOST_DIMENSIONS = 64  # of NumPy
 _ALIGNMENT = 64  # of JAX, which takes over an aligned buffer as it is
 
-# How many bytes are hashed at once, and written before the disk is asked to begin.
-_CHUNK, _SYNCED = 1 << 22, 1 << 26
-# Those that compute the digest while this one reads or writes. A small chunk is not worth it.
-NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
+# How many bytes are hashed at once, written before the disk is asked to begin, and read ahead.
+_CHUNK, _SYNCED, _AHEAD = 1 << 22, 1 << 26, 1 << 25
+# Threads that read and hash, or hash what this one writes. A small chunk is not worth it.
+_NUM_THREADS = min(4, os.cpu_count() or 1)
 _WORTH_A_THREAD = 1 << 20
 
 
@@ -85,19 +88,24 @@ def write_archive(
     for name, (dtype, shape, _, size) in tensors.items():
         tensors[name] = Tensor(dtype, shape, offset, offset + size)
         offset += size
-    digest = Digest(metadata["entries"])
+    digest, hashes = Digest(metadata["entries"]), collections.deque()
     file.write(_format_header(tensors, {**metadata, "digest": "0" * 64}))
     # The disk works while the rest is fetched, hashed and written, with a thread of its own.
     syncs: list[Future[None]] = []
     synced = 0
-    with ThreadPoolExecutor(NUM_THREADS + 1) as pool:
+    with ThreadPoolExecutor(_NUM_THREADS + 1) as pool:
         for name in tensors:
-            for chunk in split_chunks(view_bytes(fetch(name))):
-                digest.update(chunk, pool)
+            for chunk in _split_chunks(_view_bytes(fetch(name))):
+                hashes.append(_start(pool, digest.hash, chunk))
                 file.write(chunk)
+                while len(hashes) > 2 * _NUM_THREADS:
+                    digest.update(hashes.popleft()())
                 if file.tell() - synced >= _SYNCED and all(each.done() for each in syncs):
-                    syncs.append(_start(pool, sync, file.fileno()))
+                    with contextlib.suppress(RuntimeError):  # at the end of the program
+                        syncs.append(pool.submit(sync, file.fileno()))
                     synced = file.tell()
+        for each in hashes:
+            digest.update(each())
     for each in syncs:
         each.result()
     file.seek(0)
@@ -153,7 +161,7 @@ def parse_dict(text: str) -> dict[str, Any]:
     raise ValueError("It must be a dict.")
 
 
-def _parse_tensor(value: Any, start: int) -> Tensor:
+def _parse_tensor(value: object, start: int) -> Tensor:
     match value:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
             check_sizes([*shape, begin, end])
@@ -174,33 +182,76 @@ def check_sizes(sizes: Any) -> None:
         raise ValueError("A size must be an integer of 63 bits.")
 
 
-def read_chunks(
-    file: BufferedReader, tensor: Tensor, out: np.ndarray
-) -> Iterator[memoryview | None]:
-    """Reads a tensor, by chunks, into the bytes of `out`. Gives `None` where the file ends."""
-    file.seek(tensor.begin)
-    for chunk in split_chunks(out):
-        yield chunk if file.readinto(chunk) == len(chunk) else None
+def read_tensors(
+    file: BufferedReader, tensors: Mapping[str, Tensor], digest: "Digest"
+) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Gives the bytes of each tensor, in this order, or `None` where the file ends.
+
+    Threads read those to come, one at a time, and hash each chunk while it is in a cache.
+    """
+    ahead: collections.deque[tuple[str, np.ndarray, list[Any]]] = collections.deque()
+    size, reading = 0, threading.Lock()
+
+    def read(chunk: memoryview, offset: int) -> Any:
+        with reading:
+            file.seek(offset)
+            is_whole = file.readinto(chunk) == len(chunk)
+        return digest.hash(chunk) if is_whole else None
+
+    def finish() -> tuple[str, np.ndarray | None]:
+        name, buffer, started = ahead.popleft()
+        digest.begin(name)
+        for each in started:
+            if (chunk_hash := each()) is None:
+                return name, None
+            digest.update(chunk_hash)
+        return name, buffer
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for name, (_, _, begin, end) in tensors.items():
+            buffer = _make_buffer(end - begin)
+            offsets = range(begin, end, _CHUNK)
+            chunks = zip(_split_chunks(buffer), offsets, strict=True)
+            started = [_start(pool, read, chunk, offset) for chunk, offset in chunks]
+            ahead.append((name, buffer, started))
+            size += len(buffer)
+            while size > _AHEAD:
+                size -= len(ahead[0][1])
+                yield finish()
+        while ahead:
+            yield finish()
 
 
-def make_buffer(size: int) -> np.ndarray:
-    """Bytes that JAX takes over without a copy."""
+def _make_buffer(size: int) -> np.ndarray:
+    """Bytes that JAX takes over without a copy, if there are many."""
+    if size < _WORTH_A_THREAD:
+        return np.empty(size, np.uint8)
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size]
 
 
-def view_bytes(array: np.ndarray) -> np.ndarray:
+def _view_bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def split_chunks(array: np.ndarray) -> Iterable[memoryview]:
+def _split_chunks(array: np.ndarray) -> Iterable[memoryview]:
     view = array.data
     return [view[i : i + _CHUNK] for i in range(0, len(view), _CHUNK)]
 
 
+def _start(
+    pool: ThreadPoolExecutor, func: Callable[..., Any], chunk: memoryview, *args: Any
+) -> Callable[[], Any]:
+    """What gives the result, which a thread computes if that is worth it."""
+    if len(chunk) >= _WORTH_A_THREAD:
+        with contextlib.suppress(RuntimeError):  # no thread starts at the end of the program
+            return pool.submit(func, chunk, *args).result
+    return ft.partial(func, chunk, *args)
+
+
 class Digest:
-    """A SHA-256 of a text and of the CRC-32 of each chunk, which threads compute.
+    """A SHA-256 of a text and of the CRC-32 of each chunk.
 
     It finds damage; who forges a file can make a digest, too. A SHA-256 of everything would
     take twice as long, or six times where the processor has no instructions for it.
@@ -208,30 +259,15 @@ class Digest:
 
     def __init__(self, text: str):
         self._total = hashlib.sha256(text.encode())
-        self._pending: collections.deque[Future[bytes]] = collections.deque()
 
-    def update(self, chunk: memoryview, pool: ThreadPoolExecutor) -> None:
-        if len(chunk) < _WORTH_A_THREAD and not self._pending:
-            self._total.update(_hash(chunk))
-        else:
-            self._pending.append(_start(pool, _hash, chunk))
-        if len(self._pending) > 2 * NUM_THREADS:
-            self._total.update(self._pending.popleft().result())
+    def begin(self, name: str) -> None:
+        """Takes note of the tensor whose chunks follow. The text has its name already."""
+
+    def hash(self, chunk: memoryview) -> Any:
+        return zlib.crc32(chunk).to_bytes(4, "little")
+
+    def update(self, chunk_hash: Any) -> None:
+        self._total.update(chunk_hash)
 
     def finish(self) -> str:
-        for future in self._pending:
-            self._total.update(future.result())
         return self._total.hexdigest()
-
-
-def _start(pool: ThreadPoolExecutor, func: Callable[..., Any], *args: Any) -> Future[Any]:
-    try:
-        return pool.submit(func, *args)
-    except RuntimeError:  # the interpreter is at its end, and starts no threads
-        future = Future()
-        future.set_result(func(*args))
-        return future
-
-
-def _hash(chunk: memoryview) -> bytes:
-    return zlib.crc32(chunk).to_bytes(4, "little")

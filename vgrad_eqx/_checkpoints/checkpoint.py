@@ -11,7 +11,8 @@ import jax.tree_util as jtu
 
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
-from .._tree.state import read, State, write
+from .._tree.state import read, refuse_brainstate, State, write
+from .._tree.types import PyTree
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
 from .differences import check_rename, Differences, offer_rename
@@ -21,9 +22,11 @@ from .sources import escape, make_error, open_source, Shards, Source, VERSION
 
 
 _T = TypeVar("_T")
+# How many bytes are on the host, at most, before their arrays go to their devices.
+_BATCH = 1 << 25
 
 
-def save(path: str | os.PathLike[str], tree: Any) -> None:
+def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes all arrays of a pytree to a file, by name.
 
     The file is in the format of safetensors, and holds no code. A new file is written beside
@@ -187,14 +190,25 @@ def _read(
     wanted: Mapping[str, Entry],
 ) -> dict[str, Any]:
     """What is loaded, by name. `fitting` are the names of each array in the file."""
-    loaded = {}
+    loaded, batch, size = {}, {}, 0
+
+    def restore_batch() -> None:
+        leaves = [items[name][1] for name in batch]
+        loaded.update(zip(batch, restore(leaves, list(batch.values())), strict=True))
+        batch.clear()
+
     for file_name, array in source.read(fitting):
         for i, name in enumerate(fitting[file_name]):
             # In the first place it is nobody else's, and JAX may take it over as it is.
             own = array if i == 0 else array.copy()
             if wanted[name].kind == "array":
                 own = cast_array(own, wanted[name].dtype, f"The array of `{name}`")
-            loaded[name] = restore(items[name][1], own)
+            batch[name] = own
+            size += own.nbytes
+        if size >= _BATCH:
+            restore_batch()
+            size = 0
+    restore_batch()
     return loaded
 
 
@@ -220,11 +234,11 @@ def _fill(
     return leaves
 
 
-def _is_train_state(node: Any) -> bool:
+def _is_train_state(node: object) -> bool:
     return isinstance(node, TrainState)
 
 
-def _expand(tree: Any) -> Any:
+def _expand(tree: PyTree) -> Any:
     """The pytree with the arrays of training states by name."""
     return jtu.tree_map(
         lambda node: node.to_tree() if _is_train_state(node) else node,
@@ -233,7 +247,7 @@ def _expand(tree: Any) -> Any:
     )
 
 
-def _collect(like: Any, expanded: Any) -> Any:
+def _collect(like: PyTree, expanded: PyTree) -> Any:
     """The inverse of `_expand`."""
     nodes, structure = jtu.tree_flatten(like, is_leaf=_is_train_state)
     filled = [
@@ -245,6 +259,7 @@ def _collect(like: Any, expanded: Any) -> Any:
 
 def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
     """What is saved, by name, each with the index of the leaf that it is in."""
+    refuse_brainstate(flat.leaves, caller)
     items: dict[str, tuple[int, Any]] = {}
     for index, (name, leaf) in enumerate(zip(flat.names, flat.leaves, strict=True)):
         inner = _list_refs(name, leaf) if isinstance(leaf, State) else {name: leaf}

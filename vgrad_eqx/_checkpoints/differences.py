@@ -34,8 +34,11 @@ class Differences:
             if file_name not in found:
                 self._missing.append((name, file_name, wanted[name]))
                 continue
-            entry, is_castable = found[file_name], wanted[name].fits_cast(found[file_name])
-            if wanted[name].fits(entry) or (cast and is_castable):
+            entry, is_castable = found[file_name], False
+            fits = wanted[name].fits(entry)
+            if not fits:
+                is_castable = wanted[name].fits_cast(entry)
+            if fits or (cast and is_castable):
                 self.fitting[file_name].append(name)
             else:
                 where = "" if name == file_name else f" at `{file_name}`"
@@ -95,7 +98,7 @@ def _rename(name: str, rename: Rename) -> str:
     return file_name
 
 
-def check_rename(rename: Any, names: Mapping[str, Any]) -> None:
+def check_rename(rename: object, names: Mapping[str, Any]) -> None:
     """Refuses what is neither a function nor a dict from the paths of arrays."""
     if not (rename is None or callable(rename) or isinstance(rename, Mapping)):
         raise TypeError(

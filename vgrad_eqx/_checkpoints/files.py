@@ -6,10 +6,10 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 
-def check_path(path: Any, caller: str) -> str:
+def check_path(path: object, caller: str) -> str:
     """The path of a file, which a link may point to."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"`{caller}` must be a path. Got {path!r}.")

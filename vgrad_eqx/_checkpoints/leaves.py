@@ -3,7 +3,7 @@
 import collections
 import functools as ft
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+from jax.typing import ArrayLike
 
+from .._tree.flat import replace_at
 from .._tree.state import read
 from .._tree.units import attach_unit, describe_unit, is_unit, split_unit
 
@@ -67,20 +69,30 @@ _ARRAYS = jax.Array | jax.Ref | np.ndarray | np.generic | jax.ShapeDtypeStruct
 _NUMBERS = bool | int | float | complex
 
 
-def is_saved(leaf: Any) -> bool:
+def is_saved(leaf: object) -> bool:
     number, _ = split_unit(leaf)
     return isinstance(number, _ARRAYS | _NUMBERS) and not isinstance(number, str | bytes)
 
 
-def is_python_number(leaf: Any) -> bool:
+def is_python_number(leaf: object) -> bool:
     return isinstance(leaf, _NUMBERS) and not isinstance(leaf, np.generic)
 
 
 def is_key(number: Any) -> bool:
-    return hasattr(number, "dtype") and jnp.issubdtype(number.dtype, jax.dtypes.prng_key)
+    return hasattr(number, "dtype") and _is_key_dtype(number.dtype)
 
 
-def describe(leaf: Any) -> Entry:
+@ft.cache
+def _is_key_dtype(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+@ft.cache
+def _name_dtype(dtype: Any) -> str:
+    return dtype.name
+
+
+def describe(leaf: object) -> Entry:
     number, unit = split_unit(leaf)
     if is_key(number):
         impl, data = _describe_key(number)
@@ -88,12 +100,16 @@ def describe(leaf: Any) -> Entry:
     if is_python_number(number) and unit is None:
         array = fetch(number)
         return Entry(f"Python {type(number).__name__}", array.dtype.name, array.shape, None)
-    is_numpy = isinstance(number, np.ndarray | np.generic)
-    dtype = number.dtype if is_numpy else jnp.result_type(number)  # what JAX makes of it
-    return Entry("array", dtype.name, jnp.shape(number), describe_unit(unit))
+    if is_python_number(number):
+        dtype, shape = jnp.result_type(number), ()
+    else:
+        dtype, shape = number.dtype, number.shape
+    if isinstance(number, jax.ShapeDtypeStruct):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)  # what JAX makes of it
+    return Entry("array", _name_dtype(dtype), shape, describe_unit(unit))
 
 
-def _describe_key(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
+def _describe_key(key: jax.Array) -> tuple[Any, jax.ShapeDtypeStruct]:
     """The implementation of a key, of which the shape and the dtype suffice, and its data."""
     impls = []
 
@@ -105,7 +121,7 @@ def _describe_key(key: Any) -> tuple[Any, jax.ShapeDtypeStruct]:
     return impls[0], data
 
 
-def fetch(leaf: Any) -> np.ndarray:
+def fetch(leaf: object) -> np.ndarray:
     """The numbers of a leaf, in the order of C and with the lowest byte first."""
     number, unit = split_unit(leaf)
     if isinstance(number, jax.Ref):
@@ -130,7 +146,7 @@ def _share(array: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, buffers)
 
 
-def _as_array(number: Any) -> np.ndarray:
+def _as_array(number: ArrayLike) -> np.ndarray:
     if not isinstance(number, int) or isinstance(number, bool):
         return np.asarray(number)
     if -(2**63) <= number < 2**63:
@@ -139,8 +155,31 @@ def _as_array(number: Any) -> np.ndarray:
     return np.frombuffer(number.to_bytes(size, "little", signed=True), np.uint8)
 
 
-def restore(leaf: Any, array: np.ndarray) -> Any:
-    """The array, as what stands in the place of `leaf`. It is nobody else's."""
+def restore(leaves: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
+    """The arrays, which are nobody else's, as what stands in the place of these leaves.
+
+    JAX takes all its arrays at once, which for small ones is three times as fast.
+    """
+    values = list(map(_restore_one, leaves, arrays))
+    indices = [i for i, leaf in enumerate(leaves) if not _is_of_host(leaf)]
+    shardings = [_find_sharding(split_unit(leaves[i])[0]) for i in indices]
+    if indices:
+        moved = jax.device_put([values[i] for i in indices], shardings)
+        values = replace_at(values, indices, moved)
+    return [
+        value if isinstance(number, jax.Ref) else attach_unit(value, unit)
+        for value, (number, unit) in zip(values, map(split_unit, leaves), strict=True)
+    ]
+
+
+def _is_of_host(leaf: Any) -> bool:
+    number, unit = split_unit(leaf)
+    is_numpy = isinstance(number, np.ndarray | np.generic)
+    return is_numpy or (is_python_number(number) and unit is None)
+
+
+def _restore_one(leaf: Any, array: np.ndarray) -> Any:
+    """The number in a leaf, which JAX is still to put on its devices."""
     number, unit = split_unit(leaf)
     if is_python_number(number) and unit is None:
         is_large = isinstance(number, int) and array.dtype == np.uint8
@@ -150,21 +189,22 @@ def restore(leaf: Any, array: np.ndarray) -> Any:
         return type(number)(value)
     if isinstance(number, np.ndarray | np.generic):
         array = array.astype(number.dtype, copy=False)
-        return attach_unit(array if isinstance(number, np.ndarray) else array[()], unit)
-    value = array
+        return array if isinstance(number, np.ndarray) else array[()]
     if is_key(number):
-        value = jr.wrap_key_data(jnp.asarray(array), impl=_describe_key(number)[0])
-    elif getattr(number, "weak_type", False):
+        return jr.wrap_key_data(jnp.asarray(array), impl=_describe_key(number)[0])
+    if getattr(number, "weak_type", False):
         zeros = jnp.full(array.shape, array.dtype.type(0).item())
-        value = zeros.at[...].set(array) if zeros.dtype == array.dtype else array
-    # What JAX may move to other devices may be moved still.
+        return zeros.at[...].set(array) if zeros.dtype == array.dtype else array
+    return array
+
+
+def _find_sharding(number: Any) -> Any:
+    """Where an array is to be. What JAX may move to other devices may be moved still."""
     is_free = isinstance(number, jax.Array) and not getattr(number, "committed", False)
-    sharding = None if is_free else getattr(number, "sharding", None)
-    value = jax.device_put(value, sharding)
-    return value if isinstance(number, jax.Ref) else attach_unit(value, unit)
+    return None if is_free else getattr(number, "sharding", None)
 
 
-def find_obstacle(leaf: Any) -> str | None:
+def find_obstacle(leaf: object) -> str | None:
     """Why a leaf can be neither saved nor left out, and what to do."""
     number, _ = split_unit(leaf)
     if isinstance(number, np.ndarray | np.generic) and not isinstance(number, str | bytes):
@@ -183,7 +223,7 @@ def find_obstacle(leaf: Any) -> str | None:
     return None
 
 
-def _find_obstacle_of_numpy(array: Any) -> str | None:
+def _find_obstacle_of_numpy(array: np.ndarray | np.generic) -> str | None:
     if isinstance(array, np.ma.MaskedArray):
         return "a masked array. Put its `data` and its `mask` into a dict"
     if isinstance(array, np.ndarray) and type(array) not in (np.ndarray, np.memmap):
@@ -208,7 +248,7 @@ _HARMLESS = (str, bytes, type, np.dtype, *_FUNCTIONS)
 _MOST_OBJECTS = 10_000  # in 10 ms, of an object that holds half of a program
 
 
-def _holds_array(leaf: Any) -> bool:
+def _holds_array(leaf: object) -> bool:
     """Whether an object that is no pytree holds an array, which would be left out with it."""
     seen: dict[int, Any] = {}  # and alive, so that each `id` is its own
     pending = collections.deque([leaf])
@@ -223,14 +263,14 @@ def _holds_array(leaf: Any) -> bool:
     return False
 
 
-def _is_array(node: Any) -> bool:
+def _is_array(node: object) -> bool:
     number, _ = split_unit(node)
     if isinstance(number, np.ndarray | np.generic):
         return isinstance(number, np.ndarray) and _has_numbers(number.dtype)
     return isinstance(number, _ARRAYS) or hasattr(node, "__array__")
 
 
-def _list_parts(node: Any) -> list[Any]:
+def _list_parts(node: object) -> list[Any]:
     if hasattr(node, "__wrapped__"):  # a function, compiled or with rules of its own
         return []
     if isinstance(node, ft.partial):
@@ -249,7 +289,7 @@ def _list_parts(node: Any) -> list[Any]:
 
 def cast_array(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
     """The same numbers in another dtype, up to rounding."""
-    if array.dtype.name == dtype:
+    if _name_dtype(array.dtype) == dtype:
         return array
     with np.errstate(all="ignore"):
         cast = array.astype(jnp.dtype(dtype))

@@ -1,28 +1,17 @@
 """What there is to load in a file, of this library or of another program."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from .archive import (
-    check_sizes,
-    Digest,
-    make_buffer,
-    NUM_THREADS,
-    parse_dict,
-    read_chunks,
-    read_header,
-    Tensor,
-)
+from .archive import check_sizes, Digest, parse_dict, read_header, read_tensors, Tensor
 from .leaves import Entry
 
 
@@ -90,24 +79,18 @@ class Source:
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Gives the wanted arrays, and in the end raises an error if there was any damage."""
-        digest = _DigestOf1 if self._version == 1 else Digest
+        digest = {None: _NoDigest, 1: _DigestOf1}.get(self._version, Digest)
         digest = digest(self._metadata.get("entries", ""))
         # Version 1 has a digest in the order of the names.
         key = None if self._version == 1 else lambda name: (self._tensors[name][2:], name)
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            for name in sorted(wanted if self.is_foreign else self._tensors, key=key):
-                tensor = self._tensors[name]
-                buffer = make_buffer(tensor.end - tensor.begin)
-                if self._version == 1:
-                    digest.update(memoryview(name.encode()), pool)
-                for chunk in read_chunks(self._file, tensor, buffer):
-                    if chunk is None:
-                        raise make_error(self.path, "It was cut off while it was read")
-                    if not self.is_foreign:
-                        digest.update(chunk, pool)
-                if name in wanted:
-                    entry = self.entries[name]
-                    yield name, buffer.view(jnp.dtype(entry.dtype)).reshape(entry.shape)
+        names = sorted(wanted if self.is_foreign else self._tensors, key=key)
+        tensors = {name: self._tensors[name] for name in names}
+        for name, buffer in read_tensors(self._file, tensors, digest):
+            if buffer is None:
+                raise make_error(self.path, "It was cut off while it was read")
+            if name in wanted:
+                entry = self.entries[name]
+                yield name, buffer.view(jnp.dtype(entry.dtype)).reshape(entry.shape)
         if not self.is_foreign and digest.finish() != self._metadata.get("digest"):
             raise make_error(self.path, "It is damaged: its contents do not have its digest")
 
@@ -119,7 +102,7 @@ def make_error(path: str, reason: str) -> ValueError:
     )
 
 
-def _parse_entry(value: Any) -> Entry:
+def _parse_entry(value: object) -> Entry:
     match value:
         case [str(), str(), [*_], None | [str(), str(), str()]]:
             pass
@@ -136,17 +119,21 @@ def _parse_entry(value: Any) -> Entry:
     return Entry(kind, dtype, tuple(shape), unit)
 
 
-class _DigestOf1:
+class _DigestOf1(Digest):
     """That of version 1: a SHA-256 of everything in a row."""
 
-    def __init__(self, text: str):
-        self._total = hashlib.sha256(text.encode())
+    def begin(self, name: str) -> None:
+        self.update(name.encode())
 
-    def update(self, chunk: memoryview, _: Any) -> None:
-        self._total.update(chunk)
+    def hash(self, chunk: memoryview) -> Any:
+        return chunk
 
-    def finish(self) -> str:
-        return self._total.hexdigest()
+
+class _NoDigest(Digest):
+    """That of other programs, which write none."""
+
+    def hash(self, chunk: memoryview) -> Any:
+        return b""
 
 
 class Shards:
@@ -199,7 +186,7 @@ def _read_index(path: str) -> dict[str, str]:
     )
 
 
-def _is_file_name(name: Any) -> bool:
+def _is_file_name(name: object) -> bool:
     return (
         isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name
     )

@@ -6,7 +6,7 @@ from typing import Any
 from .._tree.text import show
 
 
-def parse_argnums(argnums: Any, caller: str) -> int | tuple[int, ...] | None:
+def parse_argnums(argnums: object, caller: str) -> int | tuple[int, ...] | None:
     """An int or a tuple of ints, as they were given."""
     if argnums is None:
         return None
@@ -19,7 +19,7 @@ def parse_argnums(argnums: Any, caller: str) -> int | tuple[int, ...] | None:
     return _parse_argnum(argnums, argnums, caller)
 
 
-def _parse_argnum(argnum: Any, argnums: Any, caller: str) -> int:
+def _parse_argnum(argnum: Any, argnums: object, caller: str) -> int:
     try:
         if isinstance(argnum, bool):
             raise TypeError

@@ -10,7 +10,7 @@ A leaf may pass that has a derivative of zero: behind `0.0 * x`, say, or in a `c
 backward pass ignores the cotangent. A leaf on which an output depends is never refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.tree_util as jtu
@@ -19,7 +19,7 @@ from .._tree.text import shorten
 from .flat_function import FlatFunction
 
 
-def refuse_unreached(linear: Any, func: Any, flat_func: FlatFunction) -> None:
+def refuse_unreached(linear: Any, func: Callable[..., Any], flat_func: FlatFunction) -> None:
     """Raises if no output of a linear program depends on one of the selected leaves.
 
     `linear` is what `jax.vjp` or `jax.linearize` has returned for a `func`: the call itself,

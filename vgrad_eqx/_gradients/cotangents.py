@@ -5,8 +5,10 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from .._tree.text import show
+from .._tree.types import PyTree
 from .._tree.units import (
     find_factors,
     multiply_units,
@@ -45,7 +47,7 @@ def make_cotangents(
 
 
 def _parse_cotangent(
-    cotangent: Any, numbers: Sequence[Any], output: Output, name: str
+    cotangent: PyTree, numbers: Sequence[Any], output: Output, name: str
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """The given number for each differentiated output, and the unit of their product."""
     caller = f"{name}(cotangent=...)"
@@ -66,7 +68,7 @@ def _parse_cotangent(
     return tuple(cotangents), units
 
 
-def _parse_number(number: Any, output: Any, caller: str) -> Any:
+def _parse_number(number: ArrayLike, output: PyTree, caller: str) -> Any:
     shape, dtype = jnp.shape(output), jnp.result_type(output)
     if not eqx.is_array_like(number):
         raise TypeError(

@@ -5,7 +5,7 @@ import functools as ft
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload, ParamSpec
 
 import equinox as eqx
 import jax
@@ -16,17 +16,38 @@ import numpy as np
 from jax import Array
 from jax.extend.core import jaxprs_in_params
 
+from .._select.grad_states import GradStatesLike
 from .._tree.flat import replace_at
 from .._tree.missing import MISSING
 from .._tree.text import check_flag, name_shapes, show
+from .._tree.types import PyTree
 from .check import refuse_unreached
-from .engine import make_transform, Operator, Row
+from .engine import GradientTransform, make_transform, Operator, Row
 from .flat_function import FlatFunction
 
 
+_P = ParamSpec("_P")
+
+
+@overload
 def elementwise_grad(
-    func: Callable[..., Any] = MISSING,
-    grad_states: Any = None,
+    *,
+    grad_states: GradStatesLike | None = None,
+    argnums: int | Sequence[int] | None = None,
+    return_value: bool = False,
+    has_aux: bool | None = None,
+    unit_aware: bool = False,
+    check_states: bool = True,
+    debug_nan: bool = False,
+    order: int = 1,
+    check: bool = True,
+) -> Callable[[Callable[_P, Any]], GradientTransform[_P]]: ...
+
+
+@overload
+def elementwise_grad(
+    func: Callable[_P, Any],
+    grad_states: GradStatesLike | None = None,
     argnums: int | Sequence[int] | None = None,
     return_value: bool = False,
     has_aux: bool | None = None,
@@ -36,7 +57,22 @@ def elementwise_grad(
     debug_nan: bool = False,
     order: int = 1,
     check: bool = True,
-) -> Any:
+) -> GradientTransform[_P]: ...
+
+
+def elementwise_grad(
+    func=MISSING,
+    grad_states=None,
+    argnums=None,
+    return_value=False,
+    has_aux=None,
+    unit_aware=False,
+    check_states=True,
+    *,
+    debug_nan=False,
+    order=1,
+    check=True,
+):
     """As [`vgrad_eqx.vector_grad`][], but it is the elementwise derivative, or an error.
 
     For `y = func(x)` in which each `y[i]` depends on `x[i]` alone, it is
@@ -153,7 +189,7 @@ class _Elementwise:
         columns = []
         for i, leaf in enumerate(diff):
 
-            def push_one(vector: Array, i: int = i, leaf: Any = leaf) -> list[Any]:
+            def push_one(vector: Array, i: int = i, leaf: object = leaf) -> list[Any]:
                 along = lambda leaf: func(*replace_at(diff, [i], [leaf]))[0]
                 # Of a linear function that mixes elements, only the first one shows it.
                 return [_push(along, vector, order)(leaf) for order in (1, self.order)]
@@ -166,7 +202,7 @@ class _Elementwise:
     def _differentiate(
         self,
         product: Callable[[Array], list[Any]],
-        like: Any,
+        like: PyTree,
         arrays: Sequence[Any],
         names: Sequence[str],
     ) -> list[Array]:

@@ -7,7 +7,7 @@ vector gradient is that of ones; the other operators take other products.
 import dataclasses
 import functools as ft
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, Generic, NamedTuple, overload, ParamSpec, Self, TypeVar
 
 import equinox as eqx
 import jax
@@ -22,6 +22,7 @@ from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.sharding import shard_like
 from .._tree.text import check_flag, name_shapes, shorten, show
+from .._tree.types import PyTree, Unit
 from .._tree.units import (
     attach_unit,
     divide_units,
@@ -66,7 +67,12 @@ class Operator(NamedTuple):
     power: int = 1  # of the unit of the leaf
 
 
-class GradientTransform(eqx.Module):
+_P = ParamSpec("_P")
+_Q = ParamSpec("_Q")
+_Owner = TypeVar("_Owner")
+
+
+class GradientTransform(eqx.Module, Generic[_P]):
     """A function turned into its gradient, as [`vgrad_eqx.vector_grad`][] returns it.
 
     It is a pytree with the leaves of `func`, so it passes through `jax.jit`,
@@ -108,25 +114,36 @@ class GradientTransform(eqx.Module):
     def __wrapped__(self) -> Callable[..., Any]:
         return self.func
 
-    def __get__(self, instance: Any, owner: Any) -> Any:
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(
+        self: "GradientTransform[Concatenate[_Owner, _Q]]", instance: _Owner, owner: type
+    ) -> Callable[_Q, Any]: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
         return self if instance is None else eqx.Partial(self, instance)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> Any:
         flat_func = FlatFunction(self, self.func, args, kwargs)
-        numbers, output, rows = self._differentiate(flat_func)
+        refs: dict[int, jax.Ref] = {}
+        numbers, output, rows = self._differentiate(flat_func, refs)
         results = [self._arrange(flat_func, output, rows)]
         if self.return_value or self.has_aux:
             value, aux = output.combine(numbers)
             results += [value] * self.return_value + [aux] * bool(self.has_aux)
+        # The last thing that may fail.
+        state.write_all([refs[key] for key in output.finals], output.finals.values())
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _differentiate(self, flat_func: FlatFunction) -> Any:
+    def _differentiate(self, flat_func: FlatFunction, refs: dict[int, jax.Ref]) -> Any:
+        """The result of the rule. The states that `func` touches are put into `refs`."""
         if not state.exists.is_set() and not isinstance(flat_func.states, StateValues):
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
-        refs: dict[int, jax.Ref] = {}
         over_values = ft.partial(_call_over_values, flat_func, refs)
         try:
-            numbers, output, rows = self._apply_rule(over_values, flat_func.diff, flat_func)
+            return self._apply_rule(over_values, flat_func.diff, flat_func)
         except Exception as error:
             # JAX has no public type for this error.
             if type(error).__name__ not in ("CustomJVPException", "CustomVJPException"):
@@ -137,11 +154,10 @@ class GradientTransform(eqx.Module):
                 f"Read the `value` before, and pass it as an argument. `func` reads "
                 f"{shorten(list(map(state.describe, refs.values())))}."
             ) from error
-        for key, value in output.finals.items():
-            state.write(refs[key], value, state.describe(refs[key]))
-        return numbers, output, rows
 
-    def _apply_rule(self, func: Any, diff: Sequence[Any], flat_func: FlatFunction) -> Any:
+    def _apply_rule(
+        self, func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+    ) -> Any:
         numbers, output, rows = self.operator.rule(func, diff, flat_func)
         if self.debug_nan:
             blocks = [
@@ -171,7 +187,9 @@ class GradientTransform(eqx.Module):
         return arranged[0] if self.operator.adds_up else output.arrange(arranged)
 
 
-def _call_over_values(flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: Any) -> Any:
+def _call_over_values(
+    flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: jax.Array
+) -> Any:
     """`func`, with what is differentiated in the place of states."""
     states = flat_func.states if isinstance(flat_func.states, StateValues) else None
     values = {} if states is None else dict(zip(states.refs, diff, strict=False))
@@ -183,7 +201,7 @@ def _call_over_values(flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: 
 
 
 def _divide_row(
-    grads: Sequence[Any], unit: Any, units: Sequence[Any], power: int = 1
+    grads: Sequence[Any], unit: Unit, units: Sequence[Any], power: int = 1
 ) -> list[Any]:
     """Derivatives in a unit over those of the leaves."""
     divided = []
@@ -230,7 +248,7 @@ def pull_back_rows(
 
     # JAX's Jacobian, of a function that has been differentiated already.
     @jax.custom_vjp
-    def evaluated(*diff: Any) -> Any:
+    def evaluated(*diff: jax.Array) -> Any:
         return numbers
 
     evaluated.defvjp(lambda *diff: (numbers, None), lambda _, cotangents: pull(cotangents))
@@ -246,7 +264,7 @@ def push_forward_columns(
     refuse_unreached(push, func, flat_func)
 
     @jax.custom_jvp
-    def evaluated(*diff: Any) -> Any:
+    def evaluated(*diff: jax.Array) -> Any:
         return numbers
 
     evaluated.defjvp(lambda _, tangents: (numbers, push(*tangents)))
@@ -259,7 +277,7 @@ def push_forward_rows(
 ) -> Any:
     """`hessian`: forward over reverse."""
 
-    def differentiate(*diff: Any) -> Any:
+    def differentiate(*diff: jax.Array) -> Any:
         numbers, output, rows = pull_back_rows(func, diff, flat_func)
         return [row.grads for row in rows], (numbers, output)
 
@@ -270,10 +288,10 @@ def push_forward_rows(
 
 def make_transform(
     operator: Operator,
-    func: Any,
-    grad_states: Any,
-    argnums: Any,
-    cotangent: Any = None,
+    func: Callable[..., Any],
+    grad_states: object,
+    argnums: object,
+    cotangent: PyTree = None,
     **options: Any,
 ) -> Any:
     """Both forms of every operator, the call and the decorator, with options checked."""
@@ -287,7 +305,7 @@ def make_transform(
     return make if func is MISSING else make(func)
 
 
-def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:
+def _wrap(func: Callable[..., Any], *, operator: Operator, **options: Any) -> Any:
     name = operator.name
     if not callable(func):
         raise TypeError(
@@ -295,7 +313,8 @@ def _wrap(func: Any, *, operator: Operator, **options: Any) -> Any:
             f"use `@{name}(grad_states=...)`."
         )
     wrapped = func
-    if jtu.all_leaves([func]) and hasattr(func, "__wrapped__"):
+    is_partial = isinstance(func, ft.partial)
+    if jtu.all_leaves([func]) and hasattr(func, "__wrapped__") and not is_partial:
         # Of a leaf such as `jax.vmap(model)`, Equinox warns that its arrays are not trained.
         wrapped = jtu.Partial(func)
     return eqx.module_update_wrapper(GradientTransform(wrapped, operator=operator, **options))

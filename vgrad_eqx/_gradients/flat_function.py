@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 
 from .._references.values import StateValues
 from .._select.grad_states import GradStates
 from .._select.selectors import select
 from .._tree.flat import FlatTree, is_scalar, Rest
+from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import show
+from .._tree.types import PyTree
 from .._tree.units import refuse_foreign
 
 
@@ -62,7 +65,7 @@ class FlatFunction:
         is_selected = isinstance(self.states, _SelectedLeaves)
         self.num_selected = len(self.states.diff) if is_selected else 0
 
-    def __call__(self, *diff: Any) -> tuple[tuple[Any, ...], "Output"]:
+    def __call__(self, *diff: jax.Array) -> tuple[tuple[Any, ...], "Output"]:
         """The numbers in the output of `func` that are differentiated, and the rest of it."""
         func, args = self._func, list(self._args)
         for each, span in zip(self._inputs, self._spans, strict=True):
@@ -128,11 +131,15 @@ class _Argument:
         self.tree = flat.tree
         indices = [0] if is_scalar(flat.tree) else flat.differentiable
         if not indices:
-            way_out = "`jnp.asarray(x, float)`" if flat.units is None else "`1.0 * x`"
+            refuse_brainstate(flat.leaves, caller)
+            number = "jnp.asarray(x, float)" if flat.units is None else "1.0 * x"
+            way_out = f"Convert numbers by `{number}`."
+            if find_states(flat.leaves):
+                way_out = "Pass the `value` of a state, or name the state in `grad_states`."
             raise TypeError(
                 f"`{caller}` must name an argument with an inexact array in it, or "
                 f"a float. Got argument {position}: {show(flat.tree)}, in which "
-                f"nothing can be differentiated. Convert numbers by {way_out}."
+                f"nothing can be differentiated. {way_out}"
             )
         split = flat.split(indices)
         self.diff, self.units, self._rest = split.diff, split.rest.units, split.rest
@@ -193,7 +200,7 @@ class _SelectedLeaves:
 
 
 def _find_positions(
-    argnums: int | tuple[int, ...], num_args: int, states: Any, caller: str
+    argnums: int | tuple[int, ...], num_args: int, states: PyTree, caller: str
 ) -> list[int]:
     """The arguments that `argnums` names, counted from the start."""
     positions: list[int] = []
@@ -259,7 +266,7 @@ def _find_in_wrapper(func: Any) -> _Owner | None:
     if inner is None:
         return None
 
-    def is_wrapped(node: Any) -> bool:
+    def is_wrapped(node: object) -> bool:
         return node is wrapped
 
     if not any(map(is_wrapped, jtu.tree_leaves(func, is_leaf=is_wrapped))):
@@ -269,7 +276,7 @@ def _find_in_wrapper(func: Any) -> _Owner | None:
             "say as `eqx.filter_jit(vg.vector_grad(model, ...))`."
         )
 
-    def rebuild(tree: Any) -> Any:
+    def rebuild(tree: PyTree) -> Any:
         new = inner.rebuild(tree)
         return jtu.tree_map(
             lambda node: new if is_wrapped(node) else node, func, is_leaf=is_wrapped
@@ -319,7 +326,7 @@ class Output:
         return Rest(self.structure, (), self.indices, None).arrange(entries)
 
 
-def split_output(value: Any, aux: Any, name: str) -> tuple[tuple[Any, ...], Output]:
+def split_output(value: object, aux: PyTree, name: str) -> tuple[tuple[Any, ...], Output]:
     """The numbers of the inexact leaves of `value`, and what remains."""
     flat = FlatTree((value, aux))
     num_leaves, inexact = flat.structure.children()[0].num_leaves, set(flat.differentiable)

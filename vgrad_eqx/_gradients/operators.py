@@ -2,9 +2,11 @@
 
 import functools as ft
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload, ParamSpec, Protocol
 
+from .._select.grad_states import GradStatesLike
 from .._tree.missing import MISSING
+from .._tree.types import PyTree
 from .engine import (
     GradientTransform,
     make_transform,
@@ -16,27 +18,29 @@ from .engine import (
 )
 
 
+_P = ParamSpec("_P")
+
 _PULL_BACK_SCALAR = ft.partial(pull_back, of_scalar=True)
 
 
 @overload
 def vector_grad(
     *,
-    grad_states: Any = None,
+    grad_states: GradStatesLike | None = None,
     argnums: int | Sequence[int] | None = None,
     return_value: bool = False,
     has_aux: bool | None = None,
     unit_aware: bool = False,
     check_states: bool = True,
     debug_nan: bool = False,
-    cotangent: Any = None,
-) -> Callable[[Callable[..., Any]], GradientTransform]: ...
+    cotangent: PyTree = None,
+) -> Callable[[Callable[_P, Any]], GradientTransform[_P]]: ...
 
 
 @overload
 def vector_grad(
-    func: Callable[..., Any],
-    grad_states: Any = None,
+    func: Callable[_P, Any],
+    grad_states: GradStatesLike | None = None,
     argnums: int | Sequence[int] | None = None,
     return_value: bool = False,
     has_aux: bool | None = None,
@@ -44,8 +48,8 @@ def vector_grad(
     check_states: bool = True,
     *,
     debug_nan: bool = False,
-    cotangent: Any = None,
-) -> GradientTransform: ...
+    cotangent: PyTree = None,
+) -> GradientTransform[_P]: ...
 
 
 def vector_grad(
@@ -180,9 +184,45 @@ def vector_grad(
     return make_transform(Operator("vector_grad", pull_back, adds_up=True), **locals())
 
 
+class _Sibling(Protocol):
+    """The signature of an operator, as a function and as a decorator."""
+
+    @overload
+    def __call__(
+        self,
+        *,
+        grad_states: GradStatesLike | None = None,
+        argnums: int | Sequence[int] | None = None,
+        return_value: bool = False,
+        has_aux: bool | None = None,
+        unit_aware: bool = False,
+        check_states: bool = True,
+        debug_nan: bool = False,
+    ) -> Callable[[Callable[_P, Any]], GradientTransform[_P]]: ...
+
+    @overload
+    def __call__(
+        self,
+        func: Callable[_P, Any],
+        grad_states: GradStatesLike | None = None,
+        argnums: int | Sequence[int] | None = None,
+        return_value: bool = False,
+        has_aux: bool | None = None,
+        unit_aware: bool = False,
+        check_states: bool = True,
+        *,
+        debug_nan: bool = False,
+    ) -> GradientTransform[_P]: ...
+
+
+def _with_overloads(operator: Callable[..., Any]) -> _Sibling:
+    return cast(_Sibling, operator)
+
+
+@_with_overloads
 def grad(
     func: Callable[..., Any] = MISSING,
-    grad_states: Any = None,
+    grad_states: GradStatesLike | None = None,
     argnums: int | Sequence[int] | None = None,
     return_value: bool = False,
     has_aux: bool | None = None,
@@ -216,9 +256,10 @@ def grad(
     return make_transform(Operator("grad", _PULL_BACK_SCALAR, adds_up=True), **locals())
 
 
+@_with_overloads
 def jacrev(
     func: Callable[..., Any] = MISSING,
-    grad_states: Any = None,
+    grad_states: GradStatesLike | None = None,
     argnums: int | Sequence[int] | None = None,
     return_value: bool = False,
     has_aux: bool | None = None,
@@ -262,9 +303,10 @@ def jacrev(
     return make_transform(Operator("jacrev", pull_back_rows), **locals())
 
 
+@_with_overloads
 def jacfwd(
     func: Callable[..., Any] = MISSING,
-    grad_states: Any = None,
+    grad_states: GradStatesLike | None = None,
     argnums: int | Sequence[int] | None = None,
     return_value: bool = False,
     has_aux: bool | None = None,
@@ -297,9 +339,10 @@ def jacfwd(
     return make_transform(Operator("jacfwd", push_forward_columns), **locals())
 
 
+@_with_overloads
 def hessian(
     func: Callable[..., Any] = MISSING,
-    grad_states: Any = None,
+    grad_states: GradStatesLike | None = None,
     argnums: int | Sequence[int] | None = None,
     return_value: bool = False,
     has_aux: bool | None = None,

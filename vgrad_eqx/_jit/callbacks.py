@@ -1,7 +1,7 @@
 """Errors that `equinox.error_if` raises while a compiled program runs."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,17 +9,24 @@ import jax
 import jax.core
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
+from .._tree.types import PyTree
 
-def has_callback(jaxpr: Jaxpr) -> bool:
+
+# `equinox.error_if` is of the first kind.
+CALLBACKS = ("pure_callback",)
+ANY_CALLBACK = (*CALLBACKS, "io_callback", "debug_callback")
+
+
+def has_callback(jaxpr: Jaxpr, names: Sequence[str] = CALLBACKS) -> bool:
     """Whether a program calls Python, which may raise an error."""
     return any(
-        eqn.primitive.name == "pure_callback"
-        or any(map(has_callback, jaxprs_in_params(eqn.params)))
+        eqn.primitive.name in names
+        or any(has_callback(inner, names) for inner in jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns
     )
 
 
-def wait(compiled: Callable[..., Any], *inputs: Any) -> Any:
+def wait(compiled: Callable[..., Any], *inputs: PyTree) -> Any:
     """Calls a compiled function, and waits, so that its errors are raised here.
 
     Without the traceback of the callback, which JAX would print besides.
@@ -56,3 +63,10 @@ def explain(error: BaseException) -> BaseException:
     except eqx.EquinoxRuntimeError as clear:
         return clear
     return error
+
+
+def raise_clear(error: BaseException) -> None:
+    """Raises the error of Equinox instead of this one, if there is one."""
+    clear = explain(error)
+    if clear is not error:
+        raise clear from None

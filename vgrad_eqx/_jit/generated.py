@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 
 from .._tree.cache import is_equal
 from .._tree.flat import split_arrays
+from .._tree.types import PyTree, Unit
 from .._tree.units import split_unit
 
 
@@ -58,7 +59,9 @@ def make_reader(
     return code.compile("\n".join([head, *body, tail]), "read")
 
 
-def make_builder(tree: Any, is_array: Callable[[Any], bool]) -> Callable[[Sequence[Any]], Any]:
+def make_builder(
+    tree: PyTree, is_array: Callable[[Any], bool]
+) -> Callable[[Sequence[Any]], Any]:
     """Writes a function that returns this pytree with other arrays."""
     code = _Code(is_array)
     result = code.build(tree)
@@ -98,7 +101,7 @@ class _Code:
         exec(source, self.objects)
         return self.objects[name]
 
-    def read(self, tree: Any, text: str) -> None:
+    def read(self, tree: PyTree, text: str) -> None:
         """Reads a pytree like this one, which is what the expression `text` gives."""
         stack = [(tree, text)]
         while stack:
@@ -151,7 +154,7 @@ class _Code:
             return []
         return [(child, f"{name}[{i}]") for i, child in enumerate(children)]
 
-    def build(self, tree: Any) -> str:
+    def build(self, tree: PyTree) -> str:
         """Builds a pytree like this one. Returns the name of it."""
         stack, opened = [tree], []
         while stack:
@@ -164,7 +167,7 @@ class _Code:
             built.append(write([built.pop() for _ in range(num_children)]))
         return built.pop()
 
-    def _open(self, node: Any) -> tuple[list[Any], Callable[[list[str]], str]]:
+    def _open(self, node: object) -> tuple[list[Any], Callable[[list[str]], str]]:
         """The children of a node, and what writes the code for it from their names."""
         if node is None or jtu.all_leaves([node]):
             text = "None" if node is None else self._build_leaf(node)
@@ -214,7 +217,7 @@ class _Code:
 
         return [number], write
 
-    def _build_leaf(self, leaf: Any) -> str:
+    def _build_leaf(self, leaf: object) -> str:
         if not self._is_array(leaf):
             return self._refer(leaf)
         self.arrays.append(next(self._names))
@@ -225,21 +228,21 @@ class _Code:
         self.lines.append(f"{name} = {text}")
         return name
 
-    def _compare(self, text: str, constant: Any) -> None:
+    def _compare(self, text: str, constant: object) -> None:
         name, held = self._assign(text), self._refer(constant)
         self._refuse(f"{name} is not {held} and not is_equal({name}, {held})")
 
     def _refuse(self, condition: str) -> None:
         self.lines.append(f"if {condition}: return None")
 
-    def _refer(self, value: Any) -> str:
+    def _refer(self, value: object) -> str:
         """A name of the source for this object."""
         name = next(self._names)
         self.objects[name] = value
         return name
 
 
-def _is_equal_unit(unit: Any, other: Any, known: dict[int, Any]) -> bool:
+def _is_equal_unit(unit: Unit, other: object, known: dict[int, Any]) -> bool:
     """Remembers equal units by their `id`, since units never change and compare slowly."""
     if not is_equal(unit, other):
         return False

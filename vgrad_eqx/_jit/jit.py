@@ -1,34 +1,84 @@
 """Compiled functions, whose calls cost little more in Python than `jax.jit` of flat arrays."""
 
 import contextlib
+import dataclasses
 import functools as ft
 import inspect
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    overload,
+    ParamSpec,
+    Self,
+    TYPE_CHECKING,
+    TypeVar,
+)
 
 import jax
 import jax.tree_util as jtu
 import numpy as np
 
 from .._gradients.engine import GradientTransform
+from .._references.trace import is_concrete_ref
 from .._tree.cache import Cache
-from .._tree.flat import is_scalar, Rest, split_arrays
+from .._tree.flat import is_any_traced, is_scalar, Rest, split_arrays
 from .._tree.missing import MISSING
 from .._tree.numpy_leaves import is_numpy, remember_types
-from .._tree.state import is_reference
+from .._tree.state import is_evaluating, is_reference
 from .._tree.text import show
-from .callbacks import explain, has_callback, wait
+from .callbacks import ANY_CALLBACK, has_callback, raise_clear, wait
 from .generated import Arrays, make_builder, make_reader
+from .over_states import NotTraced, StateProgram
 
 
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
 
 
-def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
+_P = ParamSpec("_P")
+_Q = ParamSpec("_Q")
+_T = TypeVar("_T")
+_Owner = TypeVar("_Owner")
+
+
+# A partial function, because Python calls one faster than any other object.
+class Jitted(ft.partial[_T], Generic[_P, _T]):
+    """A function that [`vgrad_eqx.jit`][] has compiled."""
+
+    __name__: str
+    lower: Callable[_P, Any]
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T: ...
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(
+        self: "Jitted[Concatenate[_Owner, _Q], _T]", instance: _Owner, owner: type
+    ) -> Callable[_Q, _T]: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+
+@overload
+def jit(*, donate: Donate = "none") -> Callable[[Callable[_P, _T]], Jitted[_P, _T]]: ...
+
+
+@overload
+def jit(func: Callable[_P, _T], *, donate: Donate = "none") -> Jitted[_P, _T]: ...
+
+
+def jit(func: Callable[..., Any] = MISSING, *, donate: Donate = "none") -> Any:
     """Compiles a function, whose calls then cost little more than `jax.jit` over flat arrays.
 
     What `equinox.filter_jit` does, for gradients and for any other function: JAX and NumPy
@@ -44,8 +94,9 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
         [`vgrad_eqx.vector_grad`][] and its siblings return.
     - `donate`: which JAX arrays in the arguments are donated, so that their memory is used
         again, as in `equinox.filter_jit`: those of `"all"` arguments, `"all-except-first"`, or
-        `"none"`. JAX warns of donated arrays that it could not use again only under `"warn"`
-        and `"warn-except-first"`, which donate the same.
+        `"none"`. `"all"` also donates those of states by reference. JAX warns of donated
+        arrays that it could not use again only under `"warn"` and `"warn-except-first"`, which
+        donate the same.
 
     **Returns:**
 
@@ -54,6 +105,9 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
     too. Arrays in the results are those of JAX. Inside of `jax.jit`, nothing is compiled
     apart. Without `func`, it returns a decorator.
 
+    States by reference that `func` uses are set when the program has ended: all, or none if it
+    fails, unless they are donated. A program that uses any and calls Python back is waited for.
+
     Its `lower(*args, **kwargs)` gives what `jax.jit(...).lower(...)` does, to look at the
     program, or to `compile()` it for arguments like these.
 
@@ -61,7 +115,9 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
 
     - `TypeError`: at once, if `func` is not callable; on calling, for a static value that has
         no hash, since it could change unnoticed.
-    - `ValueError`: at once, for another `donate`.
+    - `ValueError`: at once, for another `donate`; on calling, if a `custom_jvp` or
+        `custom_vjp` function reads or sets a state by reference.
+    - `RuntimeError`: on calling, if a state that `func` sets was set elsewhere meanwhile.
     - `equinox.EquinoxRuntimeError`: on calling, if an `equinox.error_if` in `func` fails.
 
     **Example:**
@@ -94,12 +150,11 @@ def jit(func: Any = MISSING, *, donate: Donate = "none") -> Any:
     return _compile(func, donate)
 
 
-def _compile(func: Any, donate: Donate) -> Any:
+def _compile(func: Callable[..., Any], donate: Donate) -> Any:
     programs = _find_programs(func, donate)
     # The arrays of the function are arguments as well, or they would be constants.
     own = split_arrays(func, _is_array).diff
 
-    # A function, because Python calls one faster than an object, and a module slower yet.
     def call(first=MISSING, /, *rest, **kwargs):
         program = programs.latest
         is_bound = first is not MISSING or not kwargs
@@ -110,27 +165,32 @@ def _compile(func: Any, donate: Donate) -> Any:
             inputs[1].extend(own)
         try:
             result = program.compiled(*inputs)
-            if program.is_traced:
-                result = program.finish(inputs, result)
+        except NotTraced:
+            result = None
         except BaseException as error:
-            program.fail(error)
+            raise_clear(error)
             raise
-        return result()
+        return (program.start(inputs) if result is None else result)()
 
     def read(first=MISSING, /, *rest, **kwargs):
         program, (arrays, others) = programs.find(func, first, rest, kwargs)
         return program, (arrays, [*others, *own])
 
-    vars(call)["lower"] = ft.partial(_lower, read)
-    return ft.update_wrapper(call, func, updated=())
+    jitted = Jitted(ft.update_wrapper(call, func, updated=()))
+    jitted.lower = ft.partial(_lower, read)
+    return ft.update_wrapper(jitted, func, updated=())
 
 
-def _lower(read: Callable[..., tuple["_Program", Arrays]], *args: Any, **kwargs: Any) -> Any:
+def _lower(
+    read: Callable[..., tuple["_Program", Arrays]], *args: object, **kwargs: object
+) -> Any:
     program, inputs = read(*args, **kwargs)
     return _Lowered(program.lower(inputs), read)
 
 
-def _bind(func: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _bind(
+    func: Callable[..., Any], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Keyword arguments as the first one, other positional ones, and the rest."""
     try:
         bound = inspect.signature(func).bind(**kwargs)
@@ -161,7 +221,11 @@ class _Programs:
         self.latest: Any = _NoProgram
 
     def find(
-        self, func: Any, first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        first: Any,
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple["_Program", Arrays]:
         """A program for these arguments, and what it takes."""
         if first is MISSING and kwargs:
@@ -183,31 +247,35 @@ class _Programs:
         return program, inputs
 
 
-def _find_programs(func: Any, donate: Donate) -> _Programs:
+def _find_programs(func: Callable[..., Any], donate: Donate) -> _Programs:
     """The programs of a function, which are the same if it is passed to `jit` again.
 
-    Those of a Python function live as long as it does. Those of a module serve all that differ
-    from it in their arrays only, if they keep nothing alive that a function closes over.
+    They serve all modules that differ from it in their arrays only. They hold the Python
+    functions in it weakly, and live as long as the first of them.
     """
-    name = getattr(func, "__name__", "run")
     rest = split_arrays(func, _is_array).rest
-    if isinstance(func, types.FunctionType):
-        find_func = weakref.ref(func)
-        of_func = _of_functions.setdefault(func, {})
-        return of_func.setdefault(donate, _Programs(lambda _: find_func(), name, donate))
-    programs = _Programs(rest.combine, name, donate)
-    if jtu.all_leaves([func]) or any(getattr(x, "__closure__", None) for x in rest.constants):
+    places = {i for i, x in enumerate(rest.constants) if isinstance(x, types.FunctionType)}
+    held = [weakref.ref(x) if i in places else x for i, x in enumerate(rest.constants)]
+    weak_rest = dataclasses.replace(rest, constants=held)
+
+    def find_func(arrays: Sequence[Any]) -> Any:
+        constants = [x() if i in places else x for i, x in enumerate(held)]
+        return dataclasses.replace(weak_rest, constants=constants).combine(arrays)
+
+    programs = _Programs(find_func, getattr(func, "__name__", "run"), donate)
+    if jtu.all_leaves([func]) and not places:
         return programs
-    key = (donate, rest.structure, *rest.indices, *[(type(x), x) for x in rest.constants])
-    found = _of_modules.get(key)
+    cache = _of_modules
+    if places:
+        cache = _of_functions.setdefault(rest.constants[min(places)], Cache())
+    key = (donate, rest.structure, *rest.indices, *[(type(x), x) for x in held])
+    found = cache.get(key)
     if found is None:
-        _of_modules.set(key, programs)
+        cache.set(key, programs)
     return programs if found is None else found
 
 
-_of_functions: weakref.WeakKeyDictionary[Any, dict[str, _Programs]] = (
-    weakref.WeakKeyDictionary()
-)
+_of_functions: weakref.WeakKeyDictionary[Any, Cache] = weakref.WeakKeyDictionary()
 _of_modules = Cache()
 
 
@@ -234,8 +302,7 @@ class _Program:
             any(x is number for number in numbers) for x in [*split.diff, *other_split.diff]
         ]
 
-        def run(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
-            self._begin()
+        def call(arrays: Sequence[Any], others: Sequence[Any]) -> _Result:
             first = first_rest.combine(arrays)
             rest, kwargs = other_rest.combine(others[:num_others])
             func = find_func(others[num_others:])
@@ -245,56 +312,84 @@ class _Program:
             self._types_matter |= answer[0]
             return _Result(make_builder(out, _is_array), split_arrays(out, _is_array).diff)
 
+        def run(*inputs: Any) -> _Result:
+            if self not in _tracing.programs and not is_evaluating():
+                raise NotTraced
+            return call(*inputs)
+
+        # Under `vmap` and `grad`, which cannot use a donated array again, none is donated.
+        donated = () if is_any_traced([*split.diff, *other_split.diff]) else _DONATED[donate]
+
         def check(arrays: Sequence[Any], others: Sequence[Any]) -> bool:
+            leaves = [*arrays, *others]
+            if _DONATED[donate] and is_any_traced(leaves) == bool(donated):
+                return False
             return all(
                 _is_array(leaf)
                 and not (self._types_matter and is_numpy(type(leaf)) != is_numpy(known))
                 or (number and is_scalar(leaf))
-                for leaf, known, number in zip(
-                    [*arrays, *others], array_types, scalars, strict=True
-                )
+                for leaf, known, number in zip(leaves, array_types, scalars, strict=True)
             )
 
         run.__name__ = name
-        self._jitted = jax.jit(run, inline=True, donate_argnums=_DONATED[donate])
+        self._func = call
+        self._jitted = jax.jit(run, inline=True, donate_argnums=donated)
         self.compiled: Callable[..., _Result] = self._jitted
         others = {"rest": trees[1][0], "kwargs": kwargs}
         self.read = make_reader(args[0], others, _is_array, check)
-        self.is_traced = False  # by this call
         self._types_matter = False
-        self._is_quiet = donate.startswith("all")
-        self._filters = contextlib.ExitStack()
+        self._donate = donate
+        self._refs: dict[int, jax.Ref] = {}
+        self._waits = False
 
-    def _begin(self) -> None:
-        """Looks after what JAX does between tracing and the end of a call."""
-        self.is_traced = True
-        if self._is_quiet:
-            self._filters.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-
-    def _end(self) -> None:
-        self.is_traced = False
-        self._filters.close()
+    def start(self, inputs: Arrays) -> "_Result":
+        """Calls the function with arrays of shapes that it was not traced for."""
+        try:
+            with self._allow_tracing():
+                self._learn(inputs)
+                return self.compiled(*inputs)
+        except BaseException as error:
+            raise_clear(error)
+            raise
 
     def lower(self, inputs: Arrays) -> Any:
-        try:
+        with self._allow_tracing():
+            self._learn(inputs)
             return self._jitted.lower(*inputs)
-        finally:
-            self._end()
 
-    def finish(self, inputs: Arrays, result: Any) -> Any:
-        """Ends a call that was traced, and finds out whether to wait for its errors."""
-        self._end()
-        if has_callback(self._jitted.trace(*inputs).jaxpr.jaxpr):
+    def _learn(self, inputs: Arrays) -> None:
+        """Traces the function, and finds out how to call it: what it does at run time."""
+        jaxpr = self._jitted.trace(*inputs).jaxpr
+        self._refs |= {id(ref): ref for ref in jaxpr.consts if is_concrete_ref(ref)}
+        if self._refs:
+            self._waits |= has_callback(jaxpr.jaxpr, ANY_CALLBACK)
+            refs, is_donated = list(self._refs.values()), self._donate in ("all", "warn")
+            self.compiled = StateProgram(
+                self._func, self._jitted, refs, is_donated, self._waits
+            )
+        elif has_callback(jaxpr.jaxpr):
             self.compiled = ft.partial(wait, self._jitted)
-            wait(lambda: result)
-        return result
 
-    def fail(self, error: BaseException) -> None:
-        self._end()
-        clear = explain(error)
-        if clear is not error:
-            raise clear from None
+    @contextlib.contextmanager
+    def _allow_tracing(self) -> Iterator[None]:
+        _tracing.programs.append(self)
+        try:
+            with warnings.catch_warnings():
+                if self._donate.startswith("all"):
+                    warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+                yield
+        finally:
+            _tracing.programs.pop()
+
+
+class _Tracing(threading.local):
+    """The programs that this thread may trace. The outer ones are traced already."""
+
+    def __init__(self):
+        self.programs: list[_Program] = []
+
+
+_tracing = _Tracing()
 
 
 class _Result(ft.partial):
@@ -317,10 +412,10 @@ class _Lowered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lowered, name)
 
-    def compile(self, *args: Any, **kwargs: Any) -> "_Lowered":
+    def compile(self, *args: object, **kwargs: object) -> "_Lowered":
         return _Lowered(self._lowered.compile(*args, **kwargs), self._read)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         _, inputs = self._read(*args, **kwargs)
         return self._lowered(*inputs)()
 
@@ -339,7 +434,7 @@ def _refuse_unhashable(*rests: Rest) -> None:
                 ) from error
 
 
-def _mark_numbers(func: Any, args: list[Any]) -> list[Any]:
+def _mark_numbers(func: Callable[..., Any], args: list[Any]) -> list[Any]:
     """The arguments, with an array for each Python number that a gradient is by."""
     if not isinstance(func, GradientTransform):
         return args
@@ -365,5 +460,5 @@ _MOST = 63
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return isinstance(leaf, _ARRAYS) and not is_reference(leaf)

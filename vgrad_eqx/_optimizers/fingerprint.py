@@ -18,7 +18,7 @@ class Fingerprinted:
         self._print = _fingerprint(value, {})
         self._hash = hash(self._print)
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fingerprinted):
             return NotImplemented
         if self is other or self.value is other.value:
@@ -37,7 +37,7 @@ class Fingerprinted:
     def __reduce__(self) -> Any:
         return Fingerprinted, (self.value,)
 
-    def __deepcopy__(self, memo: Any) -> "Fingerprinted":
+    def __deepcopy__(self, memo: object) -> "Fingerprinted":
         return self
 
 
@@ -51,14 +51,14 @@ class _Same:
     def __init__(self, value: Any):
         self._value = value
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self._value is other._value
 
     def __hash__(self) -> int:
         return id(self._value)
 
 
-def _fingerprint(value: Any, seen: dict[int, int]) -> Any:
+def _fingerprint(value: object, seen: dict[int, int]) -> Any:
     """What tells a value apart, as something that can be hashed."""
     if id(value) in seen:  # a function that refers to itself
         return "seen", seen[id(value)]
@@ -75,7 +75,7 @@ def _fingerprint(value: Any, seen: dict[int, int]) -> Any:
     return type(value), value
 
 
-def _take_apart(value: Any) -> Any:
+def _take_apart(value: object) -> Any:
     if isinstance(value, types.FunctionType):
         cells = [_read_cell(cell) for cell in value.__closure__ or ()]
         names = _Same(value.__globals__)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 
+from .._tree.types import PyTree
 from .partition import GroupStates
 
 
 _Injected = optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState
 
 
-def read_hyperparams(opt_state: Any) -> dict[str, Any]:
+def read_hyperparams(opt_state: PyTree) -> dict[str, Any]:
     """All of them by name; those of groups are in a dict for each label."""
     found: dict[str, Any] = {}
 
@@ -28,7 +29,7 @@ def read_hyperparams(opt_state: Any) -> dict[str, Any]:
 
 
 def write_hyperparams(
-    opt_state: Any, group: str | None, values: Mapping[str, Any], caller: str
+    opt_state: PyTree, group: str | None, values: Mapping[str, Any], caller: str
 ) -> Any:
     """A state with other values, in the shapes and dtypes of the old ones."""
     written: set[str] = set()
@@ -56,13 +57,13 @@ def write_hyperparams(
     return changed
 
 
-def _like(value: Any, old: Any) -> Any:
+def _like(value: object, old: PyTree) -> Any:
     new = jnp.broadcast_to(jnp.array(value, jnp.result_type(old), copy=True), jnp.shape(old))
     is_placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer)
     return jax.device_put(new, old.sharding) if is_placed and old.committed else new
 
 
-def _walk(node: Any, label: str | None, change: Callable[[str | None, Any], Any]) -> Any:
+def _walk(node: object, label: str | None, change: Callable[[str | None, Any], Any]) -> Any:
     """The state, in which each node with hyperparameters is what `change` makes of it."""
 
     def visit(node: Any) -> Any:

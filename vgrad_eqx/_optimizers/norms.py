@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,10 +11,15 @@ import numpy as np
 from .._select.selectors import check_names
 from .._tree.flat import FlatTree, widen
 from .._tree.text import quote, show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 
 
-def grad_norms(var_grads: Any) -> dict[str, Any]:
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def grad_norms(var_grads: PyTree) -> dict[str, Any]:
     """The Euclidean norm of each gradient, by its path.
 
     **Arguments:**
@@ -50,13 +55,13 @@ def grad_norms(var_grads: Any) -> dict[str, Any]:
     return dict(sorted(norms.items()))
 
 
-def _norm(grad: Any) -> Any:
+def _norm(grad: object) -> Any:
     number, unit = split_unit(grad)
     dtype = widen(jnp.result_type(number))
     return attach_unit(jnp.linalg.norm(jnp.asarray(number, dtype).ravel()), unit)
 
 
-def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: Any = None) -> Any:
+def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: "Axes | None" = None) -> "Axes":
     """Draws norms of gradients as a heat map of path against step, on a log scale.
 
     A layer whose gradients vanish is dark, one whose gradients explode is bright. Norms of

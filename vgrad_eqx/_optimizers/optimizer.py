@@ -1,18 +1,19 @@
 """Optax transformations that update the chosen leaves of a module, or states by reference."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optax
+from jax.typing import ArrayLike
 
-from .._select.selectors import as_selector, select
+from .._select.selectors import as_selector, select, SelectorLike
 from .._select.states import add
 from .._tree.flat import FlatTree, replace_at
 from .._tree.text import near_misses, quote, shorten, show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 from .fingerprint import Fingerprinted
 from .hyperparams import is_hyperparam, read_hyperparams, write_hyperparams
@@ -25,11 +26,16 @@ from .partition import (
     keep_dtypes,
     locate,
     make_partition,
-    precompose,
+    map_extra_args,
     strengthen,
     take_extra_args,
+    TxLike,
 )
 from .unitful import naming_leaves_of, UnitfulState
+
+
+_T = TypeVar("_T")
+_O = TypeVar("_O", bound="Optimizer")
 
 
 class Optimizer(eqx.Module):
@@ -81,7 +87,7 @@ class Optimizer(eqx.Module):
     groups: Groups | None = eqx.field(static=True)
     names: tuple[str, ...] = eqx.field(static=True)
 
-    def __init__(self, tx: Any, model: Any, selector: Any = True):
+    def __init__(self, tx: TxLike, model: PyTree, selector: SelectorLike = True):
         flat = FlatTree(model)
         chosen = select(flat, as_selector(selector), "Optimizer(selector=...)")
         check_tx(tx, "Optimizer(tx=...)")
@@ -91,31 +97,24 @@ class Optimizer(eqx.Module):
         is_partition = isinstance(tx, dict)
         self.groups = assign(tx, flat, chosen, "Optimizer(tx=...)") if is_partition else None
         with naming_leaves_of(flat):
-            self.opt_state = strengthen(self._transformation.init(params))
+            self.opt_state = strengthen(_find_transformation(self).init(params))
         _check_units(self.opt_state, params)
         self.count = jnp.zeros((), jnp.int32)
-
-    @property
-    def _transformation(self) -> Any:
-        groups = self.groups
-        if groups is None:
-            return take_extra_args(self.tx.value)
-        return make_partition(self.tx.value, lambda _: groups)
 
     @property
     def entries(self) -> list[Entry]:
         """The leaves of the `opt_state`, and what they belong to."""
         return list(locate(self.opt_state, self.names))
 
-    def params(self, model: Any) -> dict[str, Any]:
+    def params(self, model: PyTree) -> dict[str, Any]:
         """The leaves of a module that are updated, by their path."""
         flat = FlatTree(model)
         indices = _find(flat, self.names)
         return {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
 
     def step(
-        self, model: Any, var_grads: Mapping[str, Any], **extra_args: Any
-    ) -> tuple[Any, "Optimizer"]:
+        self, model: _T, var_grads: Mapping[str, Any], **extra_args: object
+    ) -> tuple[_T, Self]:
         """Updates the chosen leaves along their gradients.
 
         **Arguments:**
@@ -126,7 +125,8 @@ class Optimizer(eqx.Module):
             follows JAX's convention, and the step is along its conjugate.
         - `extra_args`: what the transformation takes besides, such as `value`, `grad` (a
             dict like `var_grads`) and `value_fn` of the line searches of optax. Each function
-            whose name ends with `_fn` is one of the model. What no group takes is ignored.
+            whose name ends with `_fn` is one of the model, and `grad_fn` returns a dict like
+            `var_grads`. What the transformation does not take is ignored.
 
         **Returns:**
 
@@ -139,42 +139,11 @@ class Optimizer(eqx.Module):
             another shape than its leaf; for an `opt_state` of another selection; if `model`
             lacks a leaf. Nothing is updated then.
         """
-        return self.advance(model, var_grads, extra_args, "Optimizer.step")
+        return advance(self, model, var_grads, extra_args, "Optimizer.step")
 
-    def advance(
-        self, model: Any, var_grads: Any, extra_args: dict[str, Any], caller: str
-    ) -> tuple[Any, "Optimizer"]:
-        flat = FlatTree(model)
-        indices = _find(flat, self.names)
-        params = {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
-        with_units = _find_unitful(self.opt_state)
-        grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
-        if extra_args.get("grad") is not None:
-            given = extra_args["grad"]
-            extra_args["grad"] = _parse_grads(given, params, with_units, f"{caller}(grad=...)")
-
-        def rebuild(params: dict[str, Any]) -> Any:
-            values = [params[name] for name in self.names]
-            return flat.unflatten(replace_at(flat.leaves, indices, values))
-
-        extra_args = precompose(extra_args, rebuild)
-        try:
-            updates, opt_state = self._transformation.update(
-                grads, self.opt_state, params, **extra_args
-            )
-        except Exception as error:
-            self._check_state(params, error)
-            raise
-        opt_state = keep_dtypes(self.opt_state, opt_state)
-        new = [
-            add(leaf, updates[name], f"The update of `{caller}` at `{name}`")
-            for name, leaf in params.items()
-        ]
-        where = lambda opt: (opt.opt_state, opt.count)
-        opt = eqx.tree_at(where, self, (opt_state, optax.safe_increment(self.count)))
-        return flat.unflatten(replace_at(flat.leaves, indices, new)), opt
-
-    def reselect(self, model: Any, selector: Any = True, tx: Any = None) -> "Optimizer":
+    def reselect(
+        self, model: PyTree, selector: SelectorLike = True, tx: TxLike | None = None
+    ) -> "Optimizer":
         """Changes what is trained, and keeps what is known of the leaves that stay.
 
         **Arguments:**
@@ -203,8 +172,7 @@ class Optimizer(eqx.Module):
         old = [each for each in self.entries if tx is None or not is_hyperparam(each.path)]
         leaves = carry_over(fresh.entries, old, set(self.names))
         opt_state = jtu.tree_unflatten(jtu.tree_structure(fresh.opt_state), leaves)
-        where = lambda opt: (opt.opt_state, opt.count)
-        return eqx.tree_at(where, fresh, (opt_state, self.count))
+        return _replace(fresh, opt_state, self.count)
 
     @property
     def hyperparams(self) -> dict[str, Any]:
@@ -214,7 +182,7 @@ class Optimizer(eqx.Module):
         """
         return read_hyperparams(self.opt_state)
 
-    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "Optimizer":
+    def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> Self:
         """Changes hyperparameters that `optax.inject_hyperparams` keeps.
 
         **Arguments:**
@@ -232,18 +200,69 @@ class Optimizer(eqx.Module):
         """
         caller = "set_hyperparams(...)"
         opt_state = write_hyperparams(self.opt_state, group, values, caller)
-        return eqx.tree_at(lambda opt: opt.opt_state, self, opt_state)
+        return _replace(self, opt_state, self.count)
 
-    def _check_state(self, params: dict[str, Any], error: Exception) -> None:
-        """Says so if an error comes from the state of another selection."""
-        expected = jtu.tree_structure(jax.eval_shape(self._transformation.init, params))
-        if jtu.tree_structure(self.opt_state) != expected:
-            raise ValueError(
-                "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
-                f"made for, of {shorten(list(map(quote, self.names)))}. Got "
-                f"{show(self.opt_state)}. To change what is trained, use "
-                "`reselect`."
-            ) from error
+
+# A function, as are all that a step calls, because Equinox wraps a method at each access.
+def advance(
+    opt: _O, model: _T, var_grads: object, extra_args: dict[str, Any], caller: str
+) -> tuple[_T, _O]:
+    flat = FlatTree(model)
+    indices = _find(flat, opt.names)
+    params = {name: flat.leaves[i] for i, name in zip(indices, opt.names, strict=True)}
+    with_units = _find_unitful(opt.opt_state)
+    grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
+
+    def rebuild(params: dict[str, Any]) -> Any:
+        values = [params[name] for name in opt.names]
+        return flat.unflatten(replace_at(flat.leaves, indices, values))
+
+    extra_args = map_extra_args(
+        extra_args,
+        rebuild,
+        lambda grads: _parse_grads(grads, params, with_units, f"{caller}(grad=...)"),
+    )
+    transformation = _find_transformation(opt)
+    try:
+        updates, opt_state = transformation.update(grads, opt.opt_state, params, **extra_args)
+    except Exception as error:
+        _check_state(opt, params, error)
+        raise
+    opt_state = keep_dtypes(opt.opt_state, opt_state)
+    new = [
+        add(leaf, updates[name], f"The update of `{caller}` at `{name}`")
+        for name, leaf in params.items()
+    ]
+    new_opt = _replace(opt, opt_state, jnp.minimum(opt.count, _MOST_STEPS - 1) + 1)
+    return flat.unflatten(replace_at(flat.leaves, indices, new)), new_opt
+
+
+def _find_transformation(opt: Optimizer) -> Any:
+    groups = opt.groups
+    if groups is None:
+        return take_extra_args(opt.tx.value)
+    return make_partition(opt.tx.value, lambda _: groups)
+
+
+def _replace(opt: _O, opt_state: PyTree, count: jax.Array) -> _O:
+    _, structure = jtu.tree_flatten(opt, is_leaf=lambda node: node is not opt)
+    return jtu.tree_unflatten(structure, [opt_state, count])
+
+
+def _check_state(opt: Optimizer, params: dict[str, Any], error: Exception) -> None:
+    """Says so if an error comes from the state of another selection."""
+    expected = jtu.tree_structure(jax.eval_shape(_find_transformation(opt).init, params))
+    if jtu.tree_structure(opt.opt_state) != expected:
+        raise ValueError(
+            "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
+            f"made for, of {shorten(list(map(quote, opt.names)))}. Got "
+            f"{show(opt.opt_state)}. To change what is trained, use "
+            "`reselect`."
+        ) from error
+
+
+# Where the count stays, rather than to overflow.
+_MOST_STEPS = jnp.iinfo(jnp.int32).max
 
 
 def check_structure(old: Optimizer, new: Optimizer, caller: str, instead: str) -> None:
@@ -268,17 +287,18 @@ def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
     return [places[name] for name in names]
 
 
-def _find_unitful(opt_state: Any) -> set[str]:
+def _find_unitful(opt_state: PyTree) -> set[str]:
     """The paths of the parameters of which optax does not see the units."""
 
-    def is_unitful(node: Any) -> bool:
-        return isinstance(node, UnitfulState)
-
-    nodes = filter(is_unitful, jtu.tree_leaves(opt_state, is_leaf=is_unitful))
+    nodes = filter(_is_unitful, jtu.tree_leaves(opt_state, is_leaf=_is_unitful))
     return {name for node in nodes for name, _ in node.units.by_path}
 
 
-def _check_units(opt_state: Any, params: dict[str, Any]) -> None:
+# `isinstance` with its second argument bound, so that JAX calls no Python for each node.
+_is_unitful = type.__instancecheck__.__get__(UnitfulState)
+
+
+def _check_units(opt_state: PyTree, params: dict[str, Any]) -> None:
     with_units = _find_unitful(opt_state)
     for name, leaf in params.items():
         if split_unit(leaf)[1] is not None and name not in with_units:
@@ -290,7 +310,7 @@ def _check_units(opt_state: Any, params: dict[str, Any]) -> None:
 
 
 def _parse_grads(
-    grads: Any, params: dict[str, Any], with_units: set[str], caller: str
+    grads: PyTree, params: dict[str, Any], with_units: set[str], caller: str
 ) -> dict[str, Any]:
     """The gradients as optax takes them: those of complex leaves are conjugated."""
     if not isinstance(grads, Mapping):
@@ -320,7 +340,7 @@ def _parse_grads(
     return {name: _conjugate(grads[name]) for name in params}
 
 
-def _find_fault(grad: Any, param: Any, with_units: bool) -> str | None:
+def _find_fault(grad: object, param: object, with_units: bool) -> str | None:
     (number, unit), shape = split_unit(grad), jnp.shape(split_unit(param)[0])
     is_array = eqx.is_array_like(number)
     if not (is_array and jnp.issubdtype(jnp.result_type(number), jnp.inexact)):
@@ -332,6 +352,6 @@ def _find_fault(grad: Any, param: Any, with_units: bool) -> str | None:
     return None
 
 
-def _conjugate(grad: Any) -> Any:
+def _conjugate(grad: object) -> Any:
     number, unit = split_unit(grad)
     return attach_unit(jnp.conj(number), unit) if jnp.iscomplexobj(number) else grad

@@ -1,9 +1,9 @@
 """An optax transformation for each group of the parameters in a flat dict."""
 
 import functools as ft
-import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -12,9 +12,13 @@ import jax.tree_util as jtu
 import optax
 
 from .._select.selectors import as_selector, select, Selection
-from .._tree.flat import FlatTree
+from .._tree.flat import cast, FlatTree
 from .._tree.text import show
+from .._tree.types import PyTree
 
+
+# An optax transformation, or one for each selector.
+TxLike: TypeAlias = optax.GradientTransformation | Mapping[Any, optax.GradientTransformation]
 
 # For each group its label, and the paths of its parameters.
 Groups = tuple[tuple[str, tuple[str, ...]], ...]
@@ -36,7 +40,9 @@ class GroupStates(dict[str, Any]):
         return cls(groups, states)
 
 
-def partition(groups: Mapping[Any, Any]) -> optax.GradientTransformationExtraArgs:
+def partition(
+    groups: Mapping[Any, optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
     """Updates each group of the parameters in a flat dict by a transformation of its own.
 
     It is an optax transformation as any other, so what is before it in an `optax.chain` sees
@@ -79,7 +85,7 @@ def partition(groups: Mapping[Any, Any]) -> optax.GradientTransformationExtraArg
         )
     check_tx(groups, caller)
 
-    def find_groups(params: Any) -> Groups:
+    def find_groups(params: PyTree) -> Groups:
         if not isinstance(params, Mapping):
             raise TypeError(
                 "`partition(...).init(params)` must be a flat dict from path to leaf, as "
@@ -98,14 +104,14 @@ def make_partition(
     """A transformation for each of the groups, in the order of `txs`."""
     inner: list[Any] = list(map(take_extra_args, txs.values()))
 
-    def init(params: Any) -> GroupStates:
+    def init(params: PyTree) -> GroupStates:
         groups = find_groups(params)
         pairs = zip(inner, groups, strict=True)
         states = [tx.init(_pick(names, params)) for tx, (_, names) in pairs]
         return GroupStates(groups, states)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
     ) -> tuple[Any, GroupStates]:
         new_updates, states = {}, []
         for tx, (label, names) in zip(inner, state.groups, strict=True):
@@ -124,46 +130,73 @@ def make_partition(
 def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     """A transformation that takes any extra arguments, and ignores those it has no use for."""
     tx = optax.with_extra_args_support(tx)
-    parameters = inspect.signature(tx.update).parameters
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return tx
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        known = {name: value for name, value in extra_args.items() if name in parameters}
-        return tx.update(updates, state, params, **known)
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
+    ) -> Any:
+        while True:
+            try:
+                return tx.update(updates, state, params, **extra_args)
+            except TypeError as error:
+                # Only a call tells what those inside of an `optax.chain` take.
+                refused = _find_refused(error)
+                if refused not in extra_args:
+                    raise
+                del extra_args[refused]
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _find_refused(error: TypeError) -> str | None:
+    """The keyword argument that a function does not take."""
+    found = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
+    return None if found is None else found[1]
 
 
 def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
     return {name: by_path[name] for name in names}
 
 
-def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: Any) -> dict[str, Any]:
+def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: PyTree) -> dict[str, Any]:
     """The extra arguments of `update`, for the parameters of one group."""
-    narrowed = precompose(extra_args, lambda part: {**params, **part})
-    if extra_args.get("grad") is not None:
-        narrowed["grad"] = _pick(names, extra_args["grad"])
-    return narrowed
+    return map_extra_args(
+        extra_args, lambda part: {**params, **part}, lambda grads: _pick(names, grads)
+    )
 
 
-def precompose(extra_args: dict[str, Any], prepare: Callable[[Any], Any]) -> dict[str, Any]:
-    """The extra arguments, with functions of what is to be prepared first.
+def map_extra_args(
+    extra_args: Mapping[str, Any],
+    prepare: Callable[[Any], Any],
+    map_grads: Callable[[Any], Any],
+    map_value: Callable[[Any], Any] = lambda value: value,
+) -> dict[str, Any]:
+    """The extra arguments of `update`, for other parameters.
 
-    They are those that optax calls `value_fn`, `obj_fn` and the like.
+    Functions, which optax calls `value_fn`, `obj_fn`, `grad_fn` and the like, are of the
+    parameters that `prepare` makes of the new ones. Gradients and values are mapped, also those
+    that such functions return.
     """
-    return {
-        name: _precompose(value, prepare) if name.endswith("_fn") and callable(value) else value
-        for name, value in extra_args.items()
-    }
+    mapped = dict(extra_args)
+    for name, each in extra_args.items():
+        is_function = name.endswith("_fn") and callable(each)
+        finish = {"grad": map_grads, "value": map_value, "obj": map_value}.get(
+            name.removesuffix("_fn") if is_function else name, lambda result: result
+        )
+        if is_function:
+            mapped[name] = _compose(finish, each, prepare)
+        elif each is not None:
+            mapped[name] = finish(each)
+    return mapped
 
 
-def _precompose(func: Callable[..., Any], prepare: Callable[[Any], Any]) -> Any:
+def _compose(
+    finish: Callable[[Any], Any], func: Callable[..., Any], prepare: Callable[[Any], Any]
+) -> Callable[..., Any]:
     @ft.wraps(func)  # optax reads the names of its arguments
-    def prepared(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return func(prepare(params), *args, **kwargs)
+    def composed(params: PyTree, *args: object, **kwargs: object) -> Any:
+        return finish(func(prepare(params), *args, **kwargs))
 
-    return prepared
+    return composed
 
 
 def assign(txs: Mapping[Any, Any], flat: FlatTree, chosen: Selection, caller: str) -> Groups:
@@ -225,14 +258,14 @@ class Entry(NamedTuple):
     leaf: Any
 
 
-def locate(opt_state: Any, names: tuple[str, ...]) -> Iterator[Entry]:
+def locate(opt_state: PyTree, names: tuple[str, ...]) -> Iterator[Entry]:
     """The leaves of an optax state, in the order of JAX.
 
     What optax keeps for each parameter it keeps in a dict like that of the parameters.
     """
     keys = set(names)
 
-    def is_known(node: Any) -> bool:
+    def is_known(node: object) -> bool:
         return isinstance(node, GroupStates) or (isinstance(node, dict) and node.keys() == keys)
 
     for path, node in jtu.tree_flatten_with_path(opt_state, is_leaf=is_known)[0]:
@@ -278,11 +311,11 @@ def carry_over(
     return leaves
 
 
-def _is_alike(old: Any, new: Any) -> bool:
+def _is_alike(old: PyTree, new: PyTree) -> bool:
     return jnp.shape(old) == jnp.shape(new) and jnp.result_type(old) == jnp.result_type(new)
 
 
-def keep_dtypes(old: Any, new: Any) -> Any:
+def keep_dtypes(old: PyTree, new: PyTree) -> Any:
     """The next state of a transformation, in the dtypes that the old one has.
 
     Some of optax change them, or start with weak types and go on with others, so that a
@@ -290,15 +323,15 @@ def keep_dtypes(old: Any, new: Any) -> Any:
     """
     if jtu.tree_structure(old) != jtu.tree_structure(new):
         return new
-    return jtu.tree_map(lambda x, like: _cast(x, jnp.result_type(like)), new, old)
+
+    def keep(x: Any, like: Any) -> Any:
+        is_alike = jax.typeof(x) == jax.typeof(like)  # quicker than to ask for dtypes
+        return x if is_alike else cast(x, jnp.result_type(like))
+
+    return jtu.tree_map(keep, new, old)
 
 
-def strengthen(opt_state: Any) -> Any:
+def strengthen(opt_state: PyTree) -> Any:
     """A first state, as arrays of dtypes that promotion keeps."""
     is_array = eqx.is_array_like
-    return jtu.tree_map(lambda x: _cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)
-
-
-def _cast(leaf: Any, dtype: Any) -> Any:
-    is_kept = eqx.is_array(leaf) and leaf.dtype == dtype and not jax.typeof(leaf).weak_type
-    return leaf if is_kept else jnp.asarray(leaf, dtype)
+    return jtu.tree_map(lambda x: cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)

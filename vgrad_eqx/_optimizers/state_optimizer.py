@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
+from jax.typing import ArrayLike
 
 from .._references.overlay import call_with
 from .._references.values import StateValues
@@ -14,8 +15,10 @@ from .._select.grad_states import parse_grad_states
 from .._tree.sharding import spread
 from .._tree.state import State, write
 from .._tree.text import show
+from .._tree.types import PyTree
 from .._tree.units import split_unit
-from .optimizer import check_structure, Optimizer
+from .optimizer import advance, check_structure, Optimizer
+from .partition import map_extra_args, TxLike
 
 
 class StateOptimizer(eqx.Module):
@@ -56,9 +59,9 @@ class StateOptimizer(eqx.Module):
     """
 
     states: Any
-    memory: State
+    memory: State[Optimizer]
 
-    def __init__(self, tx: Any, states: Any):
+    def __init__(self, tx: TxLike, states: PyTree):
         self.states = states
         values = self.find_values()
         if len(set(values.names)) < len(values.names):
@@ -86,7 +89,7 @@ class StateOptimizer(eqx.Module):
         """As [`vgrad_eqx.Optimizer`][] has them."""
         return self.memory.value.hyperparams
 
-    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> None:
+    def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> None:
         """Changes hyperparameters in place, as [`vgrad_eqx.Optimizer`][] does for a new one."""
         self.memory.value = self.memory.value.set_hyperparams(group, **values)
 
@@ -95,7 +98,7 @@ class StateOptimizer(eqx.Module):
         values = self.find_values()
         return dict(zip(values.names, values.params, strict=True))
 
-    def step(self, var_grads: Any, **extra_args: Any) -> None:
+    def step(self, var_grads: PyTree, **extra_args: object) -> None:
         """Updates the states along their gradients, in place.
 
         **Arguments:**
@@ -103,8 +106,8 @@ class StateOptimizer(eqx.Module):
         - `var_grads`: the gradients in the structure of `states`, as
             [`vgrad_eqx.vector_grad`][] gives them.
         - `extra_args`: what the transformation takes besides, as in
-            [`vgrad_eqx.Optimizer`][]. `grad` is like `var_grads`, and `value_fn` is a function
-            without an argument, which closes over the states.
+            [`vgrad_eqx.Optimizer`][]. `grad` is like `var_grads`, and so is what `grad_fn`
+            returns. Each function closes over the states, so `value_fn` takes no argument.
 
         **Raises:**
 
@@ -115,16 +118,19 @@ class StateOptimizer(eqx.Module):
         values = self.find_values()
         params = dict(zip(values.names, values.params, strict=True))
         grads = self._name(values, var_grads, f"{caller}(var_grads=...)")
-        if extra_args.get("grad") is not None:
-            extra_args["grad"] = self._name(values, extra_args["grad"], f"{caller}(grad=...)")
         extra_args = {
             name: _over_params(each, values)
             if name.endswith("_fn") and callable(each)
             else each
             for name, each in extra_args.items()
         }
+        extra_args = map_extra_args(
+            extra_args,
+            lambda params: params,
+            lambda grads: self._name(values, grads, f"{caller}(grad=...)"),
+        )
         old = self.memory.value
-        params, optimizer = old.advance(params, grads, extra_args, caller)
+        params, optimizer = advance(old, params, grads, extra_args, caller)
         check_structure(old, optimizer, "StateOptimizer", "Use `vg.Optimizer` for it.")
         self.memory.value = optimizer
         for ref, name in zip(values.refs.values(), values.names, strict=True):
@@ -142,7 +148,7 @@ class StateOptimizer(eqx.Module):
             )
         return StateValues(grad_states, caller)
 
-    def _name(self, values: StateValues, grads: Any, caller: str) -> dict[str, Any]:
+    def _name(self, values: StateValues, grads: PyTree, caller: str) -> dict[str, Any]:
         try:
             return dict(zip(values.names, values.list_gradients(grads), strict=True))
         except ValueError as error:
@@ -156,7 +162,7 @@ def _over_params(value_fn: Callable[..., Any], values: StateValues) -> Callable[
     """The function of the values in the states, by name, instead of the states."""
 
     @ft.wraps(value_fn)  # optax reads the names of its arguments
-    def evaluate(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def evaluate(params: dict[str, Any], *args: object, **kwargs: object) -> Any:
         numbers = [split_unit(params[name])[0] for name in values.names]
         by_id = dict(zip(values.refs, numbers, strict=True))
         return call_with(ft.partial(value_fn, *args, **kwargs), by_id).output

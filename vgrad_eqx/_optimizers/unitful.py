@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools as ft
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,10 +11,12 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from .._select.glob import compile_glob
 from .._tree.flat import FlatTree, is_any_traced, widen
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
+from .._tree.types import PyTree, Unit
 from .._tree.units import (
     attach_unit,
     find_factor,
@@ -23,6 +26,7 @@ from .._tree.units import (
     raise_mismatch,
     split_unit,
 )
+from .partition import map_extra_args, take_extra_args
 
 
 class _Units(eqx.Module):
@@ -40,7 +44,7 @@ class UnitfulState(NamedTuple):
 
 def unitful(
     tx: optax.GradientTransformation,
-    loss_unit: Any = None,
+    loss_unit: Unit | None = None,
     scale: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets any optax transformation optimize parameters with units.
@@ -65,8 +69,8 @@ def unitful(
     An `optax.GradientTransformationExtraArgs`. Its `update` takes gradients with units, as
     `vector_grad(..., unit_aware=True)` gives them, and returns updates in the unit of each
     parameter, for [`vgrad_eqx.apply_updates`][]. It converts the extra arguments `value`,
-    `grad` and `value_fn`, so that line searches work, and passes others on. All units are
-    checked while it is traced, which leaves nothing in the compiled program.
+    `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes others
+    on. All units are checked while it is traced, which leaves nothing in the compiled program.
 
     **Raises:**
 
@@ -98,10 +102,10 @@ def unitful(
             "`unitful(tx=...)` must be an optax transformation, such as `optax.adam(1e-3)`. "
             f"Got {show(tx)}."
         )
-    inner = optax.with_extra_args_support(tx)
+    inner = take_extra_args(tx)
     scaling = _Scaling(parse_unit(loss_unit, "unitful(loss_unit=...)"), _parse_scale(scale))
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> Any:
         flat = FlatTree(params)
         units = {
             name: split_unit(leaf)[1]
@@ -112,7 +116,7 @@ def unitful(
         return UnitfulState(inner_state, _Units(tuple(units.items())))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
     ) -> tuple[Any, Any]:
         units = dict(state.units.by_path)
         if params is not None:
@@ -140,7 +144,7 @@ def naming_leaves_of(flat: FlatTree) -> Iterator[None]:
         _whole.reset(token)
 
 
-def _parse_scale(scale: Any) -> dict[str, Any]:
+def _parse_scale(scale: object) -> dict[str, Any]:
     caller = "`unitful(scale=...)`"
     if scale is None:
         return {}
@@ -169,7 +173,7 @@ def _parse_scale(scale: Any) -> dict[str, Any]:
 class _Scaling:
     """The way from quantities to pure numbers and back. Units are given by path."""
 
-    def __init__(self, loss_unit: Any, scale: dict[str, Any]):
+    def __init__(self, loss_unit: Unit, scale: dict[str, Any]):
         self._loss_unit = loss_unit
         self._scale = scale
 
@@ -209,8 +213,8 @@ class _Scaling:
             )
         return found[0] if found else None
 
-    def shrink_params(self, params: Any, units: dict[str, Any]) -> Any:
-        def shrink(name: str, leaf: Any) -> Any:
+    def shrink_params(self, params: PyTree, units: dict[str, Any]) -> Any:
+        def shrink(name: str, leaf: object) -> Any:
             number, unit = split_unit(leaf)
             if unit != _find_unit(name, units):
                 raise_mismatch(
@@ -223,8 +227,8 @@ class _Scaling:
 
         return _map(shrink, params)
 
-    def shrink_grads(self, grads: Any, units: dict[str, Any]) -> Any:
-        def shrink(name: str, leaf: Any) -> Any:
+    def shrink_grads(self, grads: PyTree, units: dict[str, Any]) -> Any:
+        def shrink(name: str, leaf: object) -> Any:
             number, unit = split_unit(leaf)
             expected = find_quotient(self._loss_unit, _find_unit(name, units))
             factor = find_factor(unit, expected)
@@ -234,36 +238,27 @@ class _Scaling:
 
         return _map(shrink, grads)
 
-    def grow(self, tree: Any, units: dict[str, Any]) -> Any:
-        def grow(name: str, leaf: Any) -> Any:
+    def grow(self, tree: PyTree, units: dict[str, Any]) -> Any:
+        def grow(name: str, leaf: ArrayLike) -> Any:
             number = _multiply(leaf, self._find_scale(name, units[name]))
             return attach_unit(number, units[name])
 
         return _map(grow, tree)
 
     def shrink_extra_args(self, extra_args: dict[str, Any], units: dict[str, Any]) -> Any:
-        """Those that line searches take, as pure numbers. The others are passed on."""
-        shrunk = dict(extra_args)
-        if extra_args.get("value") is not None:
-            shrunk["value"] = self._shrink_value(extra_args["value"])
-        if extra_args.get("grad") is not None:
-            shrunk["grad"] = self.shrink_grads(extra_args["grad"], units)
-        if extra_args.get("value_fn") is not None:
-            value_fn = extra_args["value_fn"]
+        """Values, gradients and functions of the parameters in pure numbers."""
+        grow, shrink_grads = [
+            ft.partial(f, units=units) for f in (self.grow, self.shrink_grads)
+        ]
+        return map_extra_args(extra_args, grow, shrink_grads, self._shrink_value)
 
-            def shrunk_value_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
-                return self._shrink_value(value_fn(self.grow(params, units), *args, **kwargs))
-
-            shrunk["value_fn"] = shrunk_value_fn
-        return shrunk
-
-    def _shrink_value(self, value: Any) -> Any:
+    def _shrink_value(self, value: object) -> Any:
         number, unit = split_unit(value)
         text = "`unitful(loss_unit=...)` must have the dimension of the loss."
         _, factor = find_factors([self._loss_unit, unit], text, ["loss_unit", "loss"])
         return _multiply(number, factor)
 
-    def _find_scale(self, name: str, unit: Any) -> Any:
+    def _find_scale(self, name: str, unit: Unit) -> Any:
         """The scale of a parameter, as a number in the unit of the parameter."""
         glob = self._find_glob(name)
         if glob is None:
@@ -274,7 +269,7 @@ class _Scaling:
         return number * factor
 
 
-def _map(func: Callable[[str, Any], Any], tree: Any) -> Any:
+def _map(func: Callable[[str, Any], Any], tree: PyTree) -> Any:
     flat = FlatTree(tree)
     return flat.unflatten(list(map(func, flat.names, flat.leaves)))
 
@@ -289,7 +284,7 @@ def _find_unit(name: str, units: dict[str, Any]) -> Any:
     return units[name]
 
 
-def _explain(name: str, unit: Any, param_unit: Any) -> str:
+def _explain(name: str, unit: Unit, param_unit: Unit) -> str:
     text = (
         f"`unitful(...)` needs the gradient at `{name}` in the unit of the loss over that of "
         "the parameter. Got "
@@ -304,16 +299,16 @@ def _explain(name: str, unit: Any, param_unit: Any) -> str:
     return f"{text}another one. Check `loss_unit`"
 
 
-def _multiply(number: Any, factor: Any) -> Any:
+def _multiply(number: ArrayLike, factor: Any) -> Any:
     """The product, in the dtype of the number. Nothing is done for a factor of one."""
     return _apply(operator.mul, number, factor)
 
 
-def _divide(number: Any, factor: Any) -> Any:
+def _divide(number: ArrayLike, factor: Any) -> Any:
     return _apply(operator.truediv, number, factor)
 
 
-def _apply(combine: Callable[[Any, Any], Any], number: Any, factor: Any) -> Any:
+def _apply(combine: Callable[[Any, Any], Any], number: ArrayLike, factor: Any) -> Any:
     if isinstance(factor, float) and factor == 1.0:
         return number
     dtype = jnp.result_type(number)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import JaxprEqn
 from jax.extend.core.primitives import cond_p, jit_p, remat_p, scan_p, while_p
 
 from .._tree.flat import replace_at
+from .._tree.types import PyTree
 
 
 # Takes the values of all references and the other inputs, with `None` in the places of the
@@ -64,7 +66,7 @@ def _scan(inner: NestedEquation, states: Sequence[Any], inputs: Sequence[Any]) -
     num_consts, num_carry = _count_scan(inner.params)
     consts, rest = inputs[:num_consts], inputs[num_consts:]
 
-    def body(carry: Any, xs: Any) -> Any:
+    def body(carry: PyTree, xs: PyTree) -> Any:
         values, finals = carry
         outputs, finals = pure(inner.update(states, finals), [*consts, *values, *xs])
         return (outputs[:num_carry], finals), outputs[num_carry:]
@@ -90,12 +92,12 @@ def _while(inner: NestedEquation, states: Sequence[Any], inputs: Sequence[Any]) 
     keep_on = inner.pure(inner.params["cond_jaxpr"], (*slots[:num_cond], *slots[num_consts:]))
     step = inner.pure(inner.params["body_jaxpr"], slots[num_cond:])
 
-    def cond(carry: Any) -> Any:
+    def cond(carry: PyTree) -> Any:
         values, finals = carry
         outputs, _ = keep_on(inner.update(states, finals), [*inputs[:num_cond], *values])
         return outputs[0]
 
-    def body(carry: Any) -> Any:
+    def body(carry: PyTree) -> Any:
         values, finals = carry
         args = [*inputs[num_cond:num_consts], *values]
         return step(inner.update(states, finals), args)
@@ -107,7 +109,7 @@ def _while(inner: NestedEquation, states: Sequence[Any], inputs: Sequence[Any]) 
 _rules = {jit_p: _call, remat_p: _checkpoint, cond_p: _switch, scan_p: _scan, while_p: _while}
 
 
-def find_rule(eqn: Any, slots: Slots) -> Any:
+def find_rule(eqn: JaxprEqn, slots: Slots) -> Any:
     """The way to evaluate an equation with values, or `None` if it needs references."""
     # What a scan carries or goes through has to be a reference if it is one.
     if eqn.primitive is scan_p:

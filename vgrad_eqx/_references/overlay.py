@@ -28,7 +28,7 @@ class Called(NamedTuple):
 def call_with(
     func: Callable[..., Any],
     values: Mapping[int, Any],
-    *args: Any,
+    *args: object,
     refs: dict[int, jax.Ref] | None = None,
 ) -> Called:
     """Calls a function with other values in its references, by their `id`.
@@ -103,7 +103,7 @@ class _Overlay(Overlay):
         _note_readers(describe(ref))
         return hold(stand_in)
 
-    def write(self, ref: jax.Ref, value: Any) -> Any:
+    def write(self, ref: jax.Ref, value: object) -> Any:
         self._note(ref)
         if not self.is_current():
             if id(ref) not in self._shared and find_stand_in(ref) is not None:
@@ -113,7 +113,7 @@ class _Overlay(Overlay):
         self._set(ref, jnp.asarray(value, old.dtype))
         return old
 
-    def _set(self, ref: jax.Ref, value: Any) -> None:
+    def _set(self, ref: jax.Ref, value: object) -> None:
         self.written[id(ref)] = ref
         self._values[id(ref)] = value
 
@@ -151,13 +151,13 @@ class _Overlay(Overlay):
 
     # What JAX asks for: to evaluate an operation.
 
-    def _resolve(self, value: Any) -> Any:
+    def _resolve(self, value: object) -> Any:
         if not isinstance(value, StandIn):
             return value
         self.refs[id(value.ref)] = value.ref
         return self.find_value(value.ref)
 
-    def stage_value(self, val: Any) -> Any:
+    def stage_value(self, val: object) -> Any:
         return self._parent.stage_value(self._resolve(val))
 
     def process_primitive(self, primitive: Any, tracers: Sequence[Any], params: Any, /) -> Any:
@@ -190,13 +190,15 @@ class _Overlay(Overlay):
         finally:
             self.busy = before
 
-    def process_custom_jvp_call(self, primitive: Any, *args: Any, **params: Any) -> Any:
+    def process_custom_jvp_call(self, primitive: Any, *args: object, **params: Any) -> Any:
         return self._pass_on("process_custom_jvp_call", primitive, *args, **params)
 
-    def process_custom_vjp_call(self, primitive: Any, *args: Any, **params: Any) -> Any:
+    def process_custom_vjp_call(self, primitive: Any, *args: object, **params: Any) -> Any:
         return self._pass_on("process_custom_vjp_call", primitive, *args, **params)
 
-    def process_shard_map(self, primitive: Any, fun: Any, values: Any, **params: Any) -> Any:
+    def process_shard_map(
+        self, primitive: Any, fun: Callable[..., Any], values: object, **params: Any
+    ) -> Any:
         return self._pass_on("process_shard_map", primitive, fun, values, **params)
 
 

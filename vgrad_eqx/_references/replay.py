@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 # Nothing public reads and writes a part of a value as an indexed reference does. JAX 0.10.2
 # cannot differentiate all that it does with a reference of its own, so drop this with 0.10.
 from jax._src.state.discharge import discharge_state  # noqa: TID251
-from jax.extend.core import DebugInfo, DropVar, Jaxpr, jaxprs_in_params, Literal
+from jax.extend.core import DebugInfo, DropVar, Jaxpr, JaxprEqn, jaxprs_in_params, Literal
 from jax.extend.core.primitives import get_p, jit_p, scan_p, swap_p
 
 from .._tree.cache import Cache
@@ -24,7 +24,7 @@ _NO_INDEX = jtu.tree_structure(())
 class Cell:
     """The value of a reference, while an operation is replayed without it."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: object):
         self.value = value
 
 
@@ -70,11 +70,11 @@ def _keep_vars(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, Literal | DropVar)]
 
 
-def _read(atom: Any, env: dict[Any, Any]) -> Any:
+def _read(atom: object, env: dict[Any, Any]) -> Any:
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
-def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
+def _evaluate(eqn: JaxprEqn, env: dict[Any, Any]) -> Sequence[Any]:
     """The outputs of an equation, but for those that are thrown away."""
     inputs = [_read(atom, env) for atom in eqn.invars]
     cells = list({id(value): value for value in inputs if isinstance(value, Cell)}.values())
@@ -100,7 +100,7 @@ def _evaluate(eqn: Any, env: dict[Any, Any]) -> Sequence[Any]:
     return outputs
 
 
-def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
+def _make_pure_function(eqn: JaxprEqn, slots: Slots, written: Sequence[int]) -> Pure:
     """An equation on references, of their values. It leaves out what is thrown away."""
     rule = find_rule(eqn, slots)
     if rule is not None:
@@ -114,7 +114,7 @@ def _make_pure_function(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
     return _discharge(eqn, slots, written)
 
 
-def _use_references(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
+def _use_references(eqn: JaxprEqn, slots: Slots, written: Sequence[int]) -> Pure:
     """An equation that is given references, made for the time that it takes."""
     jaxpr, places = _isolate(eqn), _find_places(eqn)
 
@@ -127,7 +127,7 @@ def _use_references(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
     return run
 
 
-def _discharge(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
+def _discharge(eqn: JaxprEqn, slots: Slots, written: Sequence[int]) -> Pure:
     """An indexed read or write, as the slice or the update that it is."""
     jaxpr, places = _isolate(eqn), _find_places(eqn)
     order = [slots[i] for i in places if slots[i] is not None]
@@ -148,7 +148,7 @@ def _discharge(eqn: Any, slots: Slots, written: Sequence[int]) -> Pure:
     return run
 
 
-def _jit_rule(eqn: Any, rule: Any, inner: NestedEquation) -> Pure:
+def _jit_rule(eqn: JaxprEqn, rule: Any, inner: NestedEquation) -> Pure:
     def replay(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         outputs, finals = rule(inner, states, inputs)
         pairs = zip(outputs, eqn.outvars, strict=True)
@@ -182,7 +182,7 @@ def _fill(slots: Slots, states: Sequence[Any], inputs: Sequence[Any]) -> list[An
 _functions = Cache(64)
 
 
-def _remember(eqn: Any, more: Any, make: Callable[[], Any]) -> Any:
+def _remember(eqn: JaxprEqn, more: object, make: Callable[[], Any]) -> Any:
     """Makes a function once for equal equations, unless it would keep arrays alive."""
     params = jtu.tree_leaves(list(eqn.params.values()))
     if any(getattr(param, "consts", ()) for param in params):  # of closed jaxprs
@@ -197,7 +197,7 @@ def _remember(eqn: Any, more: Any, make: Callable[[], Any]) -> Any:
     return function
 
 
-def _isolate(eqn: Any) -> Any:
+def _isolate(eqn: JaxprEqn) -> Any:
     """A jaxpr that consists of one equation, of its distinct variables."""
     debug_info = DebugInfo("replay", eqn.primitive.name, None, None)
     variables, outvars = _find_distinct(eqn.invars), _keep_vars(eqn.outvars)
@@ -208,7 +208,7 @@ def _find_distinct(atoms: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(_keep_vars(atoms)))
 
 
-def _find_places(eqn: Any) -> list[int]:
+def _find_places(eqn: JaxprEqn) -> list[int]:
     """Where the distinct variables are among the inputs."""
     places = {atom: i for i, atom in enumerate(eqn.invars) if not isinstance(atom, Literal)}
     return [places[var] for var in _find_distinct(eqn.invars)]

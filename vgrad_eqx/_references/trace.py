@@ -63,7 +63,7 @@ def trace(func: Callable[..., Any], args: Sequence[Any]) -> Trace:
 def trace_operation(primitive: Any, params: Any, inputs: Sequence[Any]) -> Trace:
     """Traces one operation as a function of the inputs that are no references."""
 
-    def bind(*others: Any) -> Any:
+    def bind(*others: object) -> Any:
         left = iter(others)
         filled = [value if is_concrete_ref(value) else next(left) for value in inputs]
         return primitive.bind(*filled, **params)
@@ -80,5 +80,5 @@ def find_refs(inputs: Sequence[Any], params: Any) -> list[jax.Ref]:
     return found
 
 
-def is_concrete_ref(value: Any) -> bool:
+def is_concrete_ref(value: object) -> bool:
     return isinstance(value, jax.Ref) and not isinstance(value, jax.core.Tracer)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .._select.grad_states import GradStates
 from .._tree.flat import FlatTree, Split
 from .._tree.state import read, State
+from .._tree.types import PyTree
 from .._tree.units import attach_unit
 
 
@@ -102,7 +103,7 @@ class StateValues:
             ]
         )
 
-    def list_gradients(self, grads: Any) -> list[Any]:
+    def list_gradients(self, grads: PyTree) -> list[Any]:
         """The inverse of `arrange`: a gradient for each reference, in their order."""
         entries = self._grad_states.structure.flatten_up_to(grads)
         by_id = {}

@@ -1,15 +1,21 @@
 """What the user wants gradients of: selectors or states by reference, in any nesting."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 
 from .._tree.flat import name_of
-from .._tree.state import is_reference, refuse_brainstate
+from .._tree.state import is_reference, refuse_brainstate, State
 from .._tree.text import show
-from .selectors import as_selector, Selector
+from .._tree.types import PyTree
+from .selectors import as_selector, Selector, SelectorLike
+
+
+# What is taken for `grad_states`: a selector, several in a container, or states by reference.
+GradStatesLike: TypeAlias = SelectorLike | State[Any] | jax.Ref
 
 
 class GradStates(eqx.Module):
@@ -20,7 +26,7 @@ class GradStates(eqx.Module):
     by_reference: bool = eqx.field(static=True)
 
     @classmethod
-    def of(cls, tree: Any, by_reference: bool) -> "GradStates":
+    def of(cls, tree: PyTree, by_reference: bool) -> "GradStates":
         entries, structure = jtu.tree_flatten(tree, is_leaf=is_reference)
         return cls(tuple(entries), structure, by_reference)
 
@@ -34,7 +40,7 @@ class GradStates(eqx.Module):
         return [name_of(key_path) for key_path, _ in paths]
 
 
-def parse_grad_states(grad_states: Any, caller: str) -> GradStates | None:
+def parse_grad_states(grad_states: object, caller: str) -> GradStates | None:
     """States by reference or selectors, in the containers that the user gave."""
     if grad_states is None:
         return None
@@ -52,7 +58,7 @@ def parse_grad_states(grad_states: Any, caller: str) -> GradStates | None:
     return GradStates.of(grad_states, by_reference=True)
 
 
-def _parse_selectors(grad_states: Any, caller: str) -> Any:
+def _parse_selectors(grad_states: object, caller: str) -> Any:
     """A selector, or the container of selectors that the user gave."""
     if isinstance(grad_states, list | tuple | dict) and not jtu.tree_leaves(grad_states):
         raise ValueError(
@@ -68,7 +74,7 @@ def _parse_selectors(grad_states: Any, caller: str) -> Any:
     return as_selector(grad_states)
 
 
-def _is_group(grad_states: Any) -> bool:
+def _is_group(grad_states: object) -> bool:
     """Whether this is a container of selectors, and not itself a filter spec."""
     return isinstance(grad_states, list | tuple | dict) and any(
         isinstance(each, str | Selector) for each in jtu.tree_leaves(grad_states)

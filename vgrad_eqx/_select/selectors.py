@@ -6,8 +6,8 @@ import dataclasses
 import functools as ft
 import itertools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -28,20 +28,32 @@ class Selector(abc.ABC):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         """One bool for each leaf; it may be true for leaves that are never trained."""
 
-    def __and__(self, other: Any) -> "Selector":
+    def __and__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.and_, (self, as_selector(other)))
 
-    def __rand__(self, other: Any) -> "Selector":
+    def __rand__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.and_, (as_selector(other), self))
 
-    def __or__(self, other: Any) -> "Selector":
+    def __or__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.or_, (self, as_selector(other)))
 
-    def __ror__(self, other: Any) -> "Selector":
+    def __ror__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.or_, (as_selector(other), self))
 
     def __invert__(self) -> "Selector":
         return _Combined(operator.not_, (self,))
+
+
+# What is taken for a selector: one, a path, or an Equinox filter spec.
+SelectorLike: TypeAlias = (
+    Selector
+    | str
+    | bool
+    | Callable[[Any], Any]
+    | eqx.Module
+    | Sequence[Any]
+    | Mapping[Any, Any]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +97,7 @@ class Path(Selector):
 class Instance(Selector):
     node_type: type | tuple[type, ...]
 
-    def _is_instance(self, node: Any) -> bool:
+    def _is_instance(self, node: object) -> bool:
         return isinstance(node, self.node_type)
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
@@ -142,7 +154,7 @@ class Leaf(Selector):
         return f"leaf({show(self.predicate).strip('`')})"
 
 
-def _ask(predicate: Callable[[Any], Any], leaf: Any) -> bool:
+def _ask(predicate: Callable[[Any], Any], leaf: object) -> bool:
     answer = predicate(leaf)
     if isinstance(answer, bool | np.bool_) or (eqx.is_array(answer) and answer.shape == ()):
         return bool(answer)
@@ -195,7 +207,7 @@ class _Spec(Selector):
         return f"a filter spec of {len(self.entries)} entries"
 
 
-def as_selector(selector: Any) -> Selector:
+def as_selector(selector: object) -> Selector:
     """The one form that all ways to write a selector are turned into."""
     if isinstance(selector, Selector):
         return selector
@@ -223,7 +235,7 @@ def as_selector(selector: Any) -> Selector:
     )
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(entry: object) -> bool:
     is_predicate = callable(entry) and not isinstance(entry, type)
     return is_predicate or isinstance(entry, bool | np.bool_)
 
@@ -387,6 +399,7 @@ def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     mask = selector.mask(flat)
     indices = [i for i in flat.differentiable if mask[i]]
     if not indices:
+        refuse_brainstate(flat.leaves, caller)
         raise ValueError(
             f"`{caller}` must select inexact arrays. Got {selector!r}, which selects "
             f"{_describe_chosen(flat, mask)} of the `{type(flat.tree).__name__}`. "
@@ -429,7 +442,7 @@ def check_names(flat: FlatTree, indices: Sequence[int]) -> None:
         )
 
 
-def _describe_chosen(flat: FlatTree, mask: Any) -> str:
+def _describe_chosen(flat: FlatTree, mask: Sequence[bool]) -> str:
     chosen = [
         f"{quote(name)} ({show(leaf)})"
         for name, leaf, is_chosen in zip(flat.names, flat.leaves, mask, strict=True)
@@ -445,7 +458,7 @@ def _describe_choice(flat: FlatTree) -> str:
     return f"{choice} There is nothing at {shorten(empty, 3)}." if empty else choice
 
 
-def _describe_states(flat: FlatTree, mask: Any) -> str:
+def _describe_states(flat: FlatTree, mask: Sequence[bool]) -> str:
     if not any(mask[i] for i in find_states(flat.leaves)):
         return ""
     return " To differentiate by states, pass them, as `vg.states(...)` gives them."

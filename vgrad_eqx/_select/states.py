@@ -1,20 +1,25 @@
 """The chosen leaves of a pytree as a flat dict, and back."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from .._tree.flat import FlatTree, widen
+from .._tree.flat import cast, FlatTree, widen
 from .._tree.state import find_states
 from .._tree.text import near_misses, quote, show
+from .._tree.types import PyTree, Unit
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
-from .selectors import as_selector, select, select_any
+from .selectors import as_selector, select, select_any, SelectorLike
 
 
-def states(tree: Any, selector: Any = True) -> dict[str, Any]:
+_T = TypeVar("_T")
+
+
+def states(tree: PyTree, selector: SelectorLike = True) -> dict[str, Any]:
     """The leaves of a pytree that a selector chooses, by their dotted path.
 
     They are inexact arrays, or else states by reference, [`vgrad_eqx.State`][]: what
@@ -53,7 +58,7 @@ def states(tree: Any, selector: Any = True) -> dict[str, Any]:
     return dict(zip(names, [flat.leaves[i] for i in indices], strict=True))
 
 
-def replace_states(tree: Any, values: Mapping[str, Any]) -> Any:
+def replace_states(tree: _T, values: Mapping[str, Any]) -> _T:
     """A copy of a pytree with other values at some of its leaves.
 
     The inverse of [`vgrad_eqx.states`][]. `__init__` and `__check_init__` of a module are
@@ -88,7 +93,7 @@ def replace_states(tree: Any, values: Mapping[str, Any]) -> Any:
     return _merge(tree, values, "replace_states(values=...)", _replace)
 
 
-def apply_updates(tree: Any, updates: Any) -> Any:
+def apply_updates(tree: _T, updates: PyTree) -> _T:
     """A copy of a pytree with updates added to some of its leaves.
 
     The twin of `optax.apply_updates` for the updates that an optax transformation makes of
@@ -129,7 +134,7 @@ def apply_updates(tree: Any, updates: Any) -> Any:
 
 
 def _merge(
-    tree: Any,
+    tree: PyTree,
     values: Mapping[str, Any],
     caller: str,
     merge_leaf: Callable[[Any, Any, str], Any],
@@ -163,7 +168,7 @@ def _merge(
     return flat.unflatten(merged)
 
 
-def _replace(leaf: Any, value: Any, where: str) -> Any:
+def _replace(leaf: object, value: object, where: str) -> Any:
     old, unit = split_unit(leaf)
     new, new_unit = split_unit(value)
     if not eqx.is_array_like(new) or not (hasattr(new, "dtype") or new_unit is not None):
@@ -178,7 +183,7 @@ def _replace(leaf: Any, value: Any, where: str) -> Any:
     return attach_unit(new, unit)
 
 
-def add(leaf: Any, update: Any, where: str) -> Any:
+def add(leaf: object, update: Any, where: str) -> Any:
     """The sum, in the dtype and the unit of the leaf."""
     if update is None:
         raise ValueError(f"{where} must be an array. Got None. Leave the path out instead.")
@@ -197,13 +202,13 @@ def add(leaf: Any, update: Any, where: str) -> Any:
         )
     new = _convert(new, new_unit, unit, where)
     # Both in one dtype, because JAX promotes no float8, and nothing at all if it is strict.
-    dtype, old_dtype = widen(dtype), jnp.result_type(old)
-    dtype = np.promote_types(dtype, widen(old_dtype))
-    total = jnp.asarray(old, dtype) + jnp.asarray(new, dtype)
-    return attach_unit(total.astype(old_dtype), unit)
+    old_dtype = jnp.result_type(old)
+    dtype = np.promote_types(widen(dtype), widen(old_dtype))
+    total = cast(old, dtype) + cast(new, dtype)
+    return attach_unit(cast(total, old_dtype), unit)
 
 
-def _convert(number: Any, unit: Any, to: Any, where: str) -> Any:
+def _convert(number: ArrayLike, unit: Unit, to: Unit, where: str) -> Any:
     """The number in another unit of the same dimension."""
     text = f"{where} must have the dimension of the leaf."
     _, factor = find_factors([to, unit], text, ["leaf", "value"])

@@ -10,11 +10,12 @@ import numpy as np
 
 from .._tree.flat import FlatTree, is_scalar
 from .._tree.state import State
+from .._tree.types import PyTree
 from .._tree.units import split_unit
-from .selectors import as_selector, select_any
+from .selectors import as_selector, select_any, SelectorLike
 
 
-def summary(tree: Any, selector: Any = True) -> None:
+def summary(tree: PyTree, selector: SelectorLike = True) -> None:
     """Prints which leaves of a pytree a selector chooses, and which stay frozen.
 
     **Arguments:**

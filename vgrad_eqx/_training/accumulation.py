@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._tree.flat import widen
 from .._tree.text import show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 
 
@@ -26,7 +28,7 @@ class Result(NamedTuple):
 Differentiate = Callable[[Any, Any, Sequence[Any]], Result]
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: object) -> bool:
     """Whether a leaf of a batch is traced. All others are constants."""
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
 
@@ -35,8 +37,8 @@ def accumulate(
     differentiate: Differentiate,
     params: Sequence[Any],
     num_parts: int,
-    nn_state: Any,
-    key: Any,
+    nn_state: PyTree,
+    key: jax.Array | None,
     inputs: Sequence[Any],
 ) -> Result:
     """Differentiates part by part. Outputs and auxiliary data are stacked."""
@@ -46,7 +48,7 @@ def accumulate(
     keys = None if key is None else jr.split(key, num_parts)
     units: list[Any] = []
 
-    def body(carry: Any, xs: Any) -> Any:
+    def body(carry: PyTree, xs: PyTree) -> Any:
         sums, nn_state = carry
         result = differentiate(nn_state, *xs)
         pairs = list(map(split_unit, result.grads))
@@ -68,7 +70,7 @@ def accumulate(
     return Result(list(map(attach_unit, means, units)), values, aux, nn_state)
 
 
-def _make_zeros(number: Any) -> Any:
+def _make_zeros(number: ArrayLike) -> Any:
     """Zeros to add gradients to, which would lose digits in less than float32."""
     return jnp.zeros(jnp.shape(number), widen(jnp.result_type(number)))
 

@@ -15,16 +15,19 @@ import optax
 
 from .._gradients.engine import make_transform, Operator, pull_back
 from .._gradients.flat_function import split_output
+from .._jit.callbacks import has_callback
 from .._optimizers.norms import grad_norms
 from .._optimizers.optimizer import check_structure, Optimizer
 from .._select.selectors import Indices
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
 from .._tree.sharding import constrain, find_sharding, spread
-from .._tree.state import write
+from .._tree.state import State, write
 from .._tree.text import show
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
 from .accumulation import accumulate, check_leading_axis, is_array, Result
+from .interrupts import hold
 from .loss import make_loss
 from .over_states import StateFunction, UnknownStates
 from .packing import Packing
@@ -78,6 +81,7 @@ class Options(NamedTuple):
     grad_norms: bool
     donate: bool
     keep_every: int
+    extra_args: Any
 
 
 class Carry(NamedTuple):
@@ -87,6 +91,23 @@ class Carry(NamedTuple):
     opt_state: Any
     key: list[Any]
     nn_state: Any
+
+
+class Batch(NamedTuple):
+    """What a step takes beside the model."""
+
+    inputs: Sequence[Any]
+    rest: Rest
+    nn_state: Any
+    key: Any
+
+    def list_arguments(self, model: Any, nn_state: Any, key: Any, inputs: Sequence[Any]) -> Any:
+        """The arguments of `func` for some of the inputs."""
+        args, kwargs = self.rest.combine(inputs)
+        # A copy, because an `equinox.nn.State` is used up by the function that changes it.
+        states = () if nn_state is None else (jtu.tree_map(lambda leaf: leaf, nn_state),)
+        kwargs = kwargs if key is None else dict(key=key, **kwargs)
+        return (model, *states, *args), kwargs
 
 
 class FlatStep:
@@ -99,12 +120,12 @@ class FlatStep:
 
     def __init__(
         self,
-        owner: Any,
+        owner: object,
         options: Options,
         flat: FlatTree,
         optimizer: Optimizer,
-        key: Any,
-        nn_state: Any,
+        key: jax.Array | None,
+        nn_state: PyTree,
         states: StateFunction | None = None,
     ):
         self.owner = owner
@@ -144,11 +165,13 @@ class FlatStep:
             check_states=options.check_states and states is None,
             debug_nan=False,
         )
-        self.compiled = self._compile(self.run)
+        self._program = Program(self.run, options.donate)
         self._programs = Cache()
-
-    def _compile(self, run: Callable[..., Any]) -> Any:
-        return jax.jit(run, donate_argnums=0 if self.options.donate else ())
+        self.compiled = self._program.compiled
+        # The types of batches that `compiled` takes as they are. None before it is settled.
+        self.plain: set[type] = set()
+        # The states by reference that it was found to lack.
+        self.unknown: UnknownStates | None = None
 
     def find_program(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A compiled step for such a batch, and what it takes of it.
@@ -156,16 +179,21 @@ class FlatStep:
         All that is no array or number is constant; and so is a number in a module, which may
         decide by it.
         """
+        if self._program.is_settled:
+            self.plain = PLAIN
+        return self._find_program(batch, kwargs)
+
+    def _find_program(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = batch, kwargs
         leaves = jtu.tree_leaves(inputs, is_leaf=_is_module)
         if not kwargs and PLAIN.issuperset(map(type, leaves)):
-            return self.compiled, batch
+            return self._program, batch
         PLAIN.update([type(leaf) for leaf in leaves if isinstance(leaf, jax.Array)])
         inputs = jtu.tree_map(_trace_number, inputs, is_leaf=_is_module)
         split = split_arrays(inputs, is_array)
         rest = split.rest
         if not kwargs and len(split.diff) == rest.structure.num_leaves:
-            return self.compiled, inputs[0]
+            return self._program, inputs[0]
         constants = tuple([(type(leaf), leaf) for leaf in rest.constants])
         try:
             hash((rest.structure, constants))
@@ -176,8 +204,9 @@ class FlatStep:
             ) from error
         program = self._programs.get((rest.structure, constants))
         if program is None:
-            program = self._compile(
-                lambda leaves, frozen, arrays: self._run(leaves, frozen, rest.combine(arrays))
+            program = Program(
+                lambda leaves, frozen, arrays: self._run(leaves, frozen, rest.combine(arrays)),
+                self.options.donate,
             )
             self._programs.set((rest.structure, constants), program)
         return program, split.diff
@@ -188,10 +217,10 @@ class FlatStep:
         static = tuple([(type(leaf), leaf) for leaf in self._rest.constants])
         structures = (self._rest.structure, self._carry, self._optimizer)
         arrays = (tuple(self._chosen), self._avals, self._impl, self._shardings)
-        return structures, static, arrays
+        return structures, static, arrays, self.states
 
     def start(
-        self, flat: FlatTree, optimizer: Optimizer, key: Any, nn_state: Any
+        self, flat: FlatTree, optimizer: Optimizer, key: jax.Array | None, nn_state: PyTree
     ) -> tuple[tuple[Any, ...], list[Any]]:
         """The leaves to begin with, and the frozen ones."""
         params = [flat.leaves[i] for i in self._chosen]
@@ -201,6 +230,7 @@ class FlatStep:
     def extend(self, leaves: Sequence[Any], unknown: UnknownStates) -> Any:
         """A step that carries the values of more states, and its leaves."""
         assert self.states is not None
+        self.unknown = unknown
         states, values = self.states.extend(unknown)
         carry = self._read(leaves)
         key = self._wrap_key(carry.key)
@@ -210,11 +240,15 @@ class FlatStep:
         flat_step = FlatStep(self.owner, self.options, flat, optimizer, key, nn_state, states)
         return flat_step, flat_step.start(flat, optimizer, key, nn_state)[0]
 
-    def run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+    def run(
+        self, leaves: Sequence[jax.Array], frozen: Sequence[jax.Array], batch: PyTree
+    ) -> Any:
         """Takes the steps of one call, for a batch without keyword arguments."""
         return self._run(leaves, frozen, (batch, {}))
 
-    def _run(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+    def _run(
+        self, leaves: Sequence[jax.Array], frozen: Sequence[jax.Array], batch: PyTree
+    ) -> Any:
         """Takes the steps of one call. Returns the next leaves and the three metrics."""
         arrays = list(leaves) if self._packing is None else self._packing.unpack(leaves)
         inputs = split_arrays(batch, is_array)
@@ -230,43 +264,30 @@ class FlatStep:
         return leaves, metrics.value, metrics.aux, metrics.grad_norms
 
     def _once(
-        self, arrays: Sequence[Any], frozen: Any, inputs: Sequence[Any], rest: Rest
+        self,
+        arrays: Sequence[Any],
+        frozen: Sequence[jax.Array],
+        inputs: Sequence[Any],
+        rest: Rest,
     ) -> tuple[list[Any], Metrics]:
         """Takes one step."""
         params, opt_state, keys, first_nn_state = jtu.tree_unflatten(self._carry, arrays)
         optimizer = self._build_optimizer(opt_state, jnp.zeros((), jnp.int32))
         model = self._build(params, frozen)
         keys, subkey = self._split_key(keys)
-        num_parts = self.options.accumulate
-
-        def list_arguments(model: Any, nn_state: Any, key: Any, inputs: Any) -> Any:
-            batch, kwargs = rest.combine(inputs)
-            # A copy, because an `equinox.nn.State` is used up by the function that changes it.
-            states = () if nn_state is None else (jtu.tree_map(lambda leaf: leaf, nn_state),)
-            kwargs = kwargs if key is None else dict(key=key, **kwargs)
-            return (model, *states, *batch), kwargs
-
-        def differentiate(nn_state: Any, key: Any, inputs: Any) -> Result:
-            args, kwargs = list_arguments(model, nn_state, key, inputs)
-            grads, value, *others = self._transform(*args, **kwargs)
-            aux, nn_state = self._split_aux(others, nn_state)
-            return Result([grads[name] for name in optimizer.names], value, aux, nn_state)
-
-        def evaluate(model: Any) -> Any:
-            def value(_: Any, key: Any, inputs: Any) -> Result:
-                args, kwargs = list_arguments(model, first_nn_state, key, inputs)
-                out = self._func(*args, **kwargs)
-                return Result([], out[0] if self._has_aux else out, None, None)
-
-            return self._average(accumulate(value, [], num_parts, None, subkey, inputs).value)
-
-        result = accumulate(differentiate, params, num_parts, first_nn_state, subkey, inputs)
+        batch = Batch(inputs, rest, first_nn_state, subkey)
+        result = self._differentiate(model, params, batch)
         grads = dict(zip(optimizer.names, result.grads, strict=True))
         value, aux = self._average(result.value), result.aux
         if self.states is not None:
             aux, written = aux
             model = {**model, **self._take_last(written)}
-        extra_args = {"value": value, "grad": grads, "value_fn": evaluate}
+        extra_args = {
+            "value": value,
+            "grad": grads,
+            **self._make_functions(params, batch),
+            **self._make_extra_args(aux),
+        }
         model, following = optimizer.step(model, grads, **extra_args)
         check_structure(
             optimizer,
@@ -283,6 +304,49 @@ class FlatStep:
         norms = grad_norms(grads) if self.options.grad_norms else None
         return arrays, Metrics(result.value, aux, norms)
 
+    def _differentiate(self, model: Any, params: Sequence[Any], batch: Batch) -> Result:
+        def part(nn_state: Any, key: Any, inputs: Any) -> Result:
+            args, kwargs = batch.list_arguments(model, nn_state, key, inputs)
+            grads, value, *others = self._transform(*args, **kwargs)
+            aux, nn_state = self._split_aux(others, nn_state)
+            return Result([grads[self._names[i]] for i in self._chosen], value, aux, nn_state)
+
+        return self._accumulate(part, params, batch)
+
+    def _evaluate(self, model: Any, batch: Batch) -> Any:
+        def part(_: Any, key: Any, inputs: Any) -> Result:
+            args, kwargs = batch.list_arguments(model, batch.nn_state, key, inputs)
+            out = self._func(*args, **kwargs)
+            return Result([], out[0] if self._has_aux else out, None, None)
+
+        return self._average(self._accumulate(part, [], batch._replace(nn_state=None)).value)
+
+    def _accumulate(self, part: Any, params: Sequence[Any], batch: Batch) -> Result:
+        number = self.options.accumulate
+        return accumulate(part, params, number, batch.nn_state, batch.key, batch.inputs)
+
+    def _make_functions(self, params: Sequence[Any], batch: Batch) -> dict[str, Any]:
+        """The functions of the model that some transformations take."""
+
+        def grad_fn(model: Any, *_: Any) -> Any:  # `sam` passes the number of its step as well
+            grads = self._differentiate(model, params, batch).grads
+            return {self._names[i]: grad for i, grad in zip(self._chosen, grads, strict=True)}
+
+        value_fn = lambda model: self._evaluate(model, batch)
+        return {"value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+
+    def _make_extra_args(self, aux: Any) -> Mapping[str, Any]:
+        """Those that the user makes of the auxiliary data."""
+        if self.options.extra_args is None:
+            return {}
+        extra_args = self.options.extra_args(aux)
+        if not isinstance(extra_args, Mapping) or not all(map(_is_string, extra_args)):
+            raise TypeError(
+                "`train_step(extra_args=...)` must be a function that returns a dict from name "
+                f"to argument of the `update` of `tx`. Got {show(extra_args)}."
+            )
+        return extra_args
+
     def _take_last(self, written: dict[str, Any]) -> dict[str, Any]:
         """What `func` has set trained states to."""
         if written and self.options.accumulate > 1:
@@ -293,7 +357,7 @@ class FlatStep:
             )
         return written
 
-    def _average(self, value: Any) -> Any:
+    def _average(self, value: object) -> Any:
         """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
         numbers, output = split_output(value, None, "train_step")
         text = "`train_step(func=...)` must return outputs of one dimension."
@@ -301,7 +365,7 @@ class FlatStep:
         total = sum(jnp.sum(scale_number(x, f)) for x, f in zip(numbers, factors, strict=True))
         return attach_unit(total / self.options.accumulate, output.units[0])
 
-    def _split_aux(self, others: list[Any], nn_state: Any) -> tuple[Any, Any]:
+    def _split_aux(self, others: list[Any], nn_state: PyTree) -> tuple[Any, Any]:
         """The auxiliary data, and the next `equinox.nn.State`."""
         if nn_state is None:
             return (others[0] if others else None), None
@@ -326,7 +390,7 @@ class FlatStep:
     def get_model(self, leaves: Sequence[Any], frozen: Sequence[Any]) -> Any:
         return self._build(_copy(self._read(leaves).params), frozen)
 
-    def get_optimizer(self, leaves: Sequence[Any], count: Any) -> Optimizer:
+    def get_optimizer(self, leaves: Sequence[Any], count: int | jax.Array) -> Optimizer:
         opt_state = _copy(self._read(leaves).opt_state)
         return self._build_optimizer(opt_state, jnp.asarray(count, jnp.int32))
 
@@ -343,15 +407,15 @@ class FlatStep:
     def get_key(self, leaves: Sequence[Any]) -> Any:
         return self._wrap_key(_copy(self._read(leaves).key))
 
-    def sync(self, leaves: Sequence[Any], count: Any) -> None:
+    def sync(self, leaves: Sequence[Any], count: Any, memory: State) -> None:
         """Gives the states by reference the values that are carried."""
         assert self.states is not None
         carry = _copy(self._read(leaves))
-        memory = self._build_optimizer(carry.opt_state, jnp.asarray(count, jnp.int32))
+        optimizer = self._build_optimizer(carry.opt_state, jnp.asarray(count, jnp.int32))
         params = [split_unit(param)[0] for param in carry.params]
         trained = [self.states.trained[self._names[i]] for i in self._chosen]
-        refs = [*trained, *self.states.others, *self.states.optimizer.memory.refs]
-        arrays = [*params, *carry.nn_state, *jtu.tree_leaves(memory)]
+        refs = [*trained, *self.states.others, *memory.refs]
+        arrays = [*params, *carry.nn_state, *jtu.tree_leaves(optimizer)]
         for ref, array in zip(refs, arrays, strict=True):
             write(ref, jax.device_put(array, ref.sharding), "A state")
 
@@ -396,7 +460,7 @@ class FlatStep:
     def _build(self, params: Sequence[Any], frozen: Sequence[Any]) -> Any:
         return self._rest.combine([*params, *frozen])
 
-    def _build_optimizer(self, opt_state: Any, count: Any) -> Optimizer:
+    def _build_optimizer(self, opt_state: PyTree, count: int | jax.Array) -> Optimizer:
         return jtu.tree_unflatten(self._optimizer, [*jtu.tree_leaves(opt_state), count])
 
     def _split_key(self, keys: list[Any]) -> tuple[list[Any], Any]:
@@ -412,6 +476,43 @@ class FlatStep:
         return jr.wrap_key_data(keys[0], impl=self._impl)
 
 
+class Program:
+    """A compiled step, and the way to `call` it so that Ctrl-C does not lose its results.
+
+    A call that JAX passes on at once takes arrays and returns others in C++. In all others it
+    runs Python in between: in those that are compiled first, for which Ctrl-C is held back from
+    the end of their trace on, and in all of a program that calls Python itself.
+    """
+
+    def __init__(self, run: Callable[..., Any], donate: bool):
+        def traced(leaves: Any, frozen: Any, batch: Any) -> Any:
+            results = run(leaves, frozen, batch)
+            hold()
+            return results
+
+        self.compiled: Any = jax.jit(traced, donate_argnums=0) if donate else jax.jit(run)
+        self.call: Any = self._call_with_care if donate else self.compiled
+        self._num_calls = 0
+        self._calls_python = False
+
+    @property
+    def is_settled(self) -> bool:
+        return self.call is self.compiled
+
+    def _call_with_care(self, leaves: Any, frozen: Any, batch: Any) -> Any:
+        if is_any_traced(leaves):
+            return self.compiled(leaves, frozen, batch)
+        if self._num_calls == 0:
+            jaxpr = self.compiled.trace(leaves, frozen, batch).jaxpr
+            self._calls_python = bool(jaxpr.effects) or has_callback(jaxpr.jaxpr)
+        self._num_calls += 1
+        # JAX runs Python once more for arrays that are the results of the first call.
+        if self._num_calls > 1 and not self._calls_python:
+            self.call = self.compiled
+        hold()
+        return self.compiled(leaves, frozen, batch)
+
+
 # Types of leaves of a batch that are traced. Those of JAX arrays are added when they are seen.
 PLAIN: set[type] = {int, float, complex, np.ndarray}
 
@@ -421,19 +522,20 @@ CONCRETE: set[type] = set()
 
 # `isinstance` with its second argument bound, so that JAX calls no Python for each node.
 _is_module = type.__instancecheck__.__get__(eqx.Module)
+_is_string = type.__instancecheck__.__get__(str)
 
 
-def _trace_number(leaf: Any) -> Any:
+def _trace_number(leaf: object) -> Any:
     is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
     return jnp.asarray(leaf) if is_number else leaf
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     number, unit = split_unit(leaf)
     return unit is not None or eqx.is_array(number) or isinstance(number, np.ndarray)
 
 
-def _drop_if_rejected(opt_state: Any, new: Any, old: Any) -> Any:
+def _drop_if_rejected(opt_state: PyTree, new: PyTree, old: PyTree) -> Any:
     """The next `equinox.nn.State`, or the old one if `optax.apply_if_finite` sees a NaN."""
     is_guard = lambda node: isinstance(node, optax.ApplyIfFiniteState)
     guards = list(filter(is_guard, jtu.tree_leaves(opt_state, is_leaf=is_guard)))
@@ -451,13 +553,13 @@ def _list_kinds(carry: Carry, optimizer: Optimizer) -> list[Hashable]:
     return [*["parameter"] * len(carry.params), *of_state, *[None] * len(others)]
 
 
-def _find_impl(key: Any) -> Any:
+def _find_impl(key: jax.Array | None) -> Any:
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return None
     return jr.key_impl(key)
 
 
-def _strip_key(key: Any) -> list[Any]:
+def _strip_key(key: jax.Array | None) -> list[Any]:
     """The numbers of a key, which JAX passes to compiled functions faster than the key."""
     if key is None:
         return []

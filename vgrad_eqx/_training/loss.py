@@ -13,7 +13,7 @@ from .._tree.units import split_unit
 def make_loss(func: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """`func`, whose value must be one array or Quantity."""
 
-    def loss(*args: Any, **kwargs: Any) -> Any:
+    def loss(*args: object, **kwargs: object) -> Any:
         try:
             out = func(*args, **kwargs)
         except TypeError as error:

@@ -9,6 +9,7 @@ import jax
 from .._optimizers.state_optimizer import StateOptimizer
 from .._references.overlay import call_with
 from .._tree.state import read
+from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 from .loss import make_loss
 
@@ -29,27 +30,40 @@ class StateFunction:
     """
 
     def __init__(self, options: Any, optimizer: StateOptimizer):
-        self.optimizer = optimizer
         self._values = values = optimizer.find_values()
         self.trained = dict(zip(values.names, values.refs.values(), strict=True))
         self.others: list[jax.Ref] = []
         self._options = options
         self._func = make_loss(options.func, options.has_aux)
 
+    @property
+    def _refs(self) -> list[jax.Ref]:
+        return [*self.trained.values(), *self.others]
+
+    @property
+    def _key(self) -> Any:
+        return *self.trained, *map(id, self._refs)
+
+    # Equal for the same states, with which a training step compiles to the same program.
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, StateFunction) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
     def extend(self, unknown: UnknownStates) -> tuple["StateFunction", list[Any]]:
         """One that takes the values of more states, and the values that these have now."""
-        known = {id(ref) for ref in (*self.trained.values(), *self.others)}
+        known = set(map(id, self._refs))
         new = [ref for ref in unknown.refs if id(ref) not in known]
         extended = copy.copy(self)
         extended.others = [*self.others, *new]
         return extended, list(map(read, new))
 
     def __call__(
-        self, params: dict[str, Any], others: Sequence[Any], *batch: Any, **kwargs: Any
+        self, params: dict[str, Any], others: Sequence[Any], *batch: PyTree, **kwargs: object
     ) -> Any:
         numbers = [split_unit(params[name])[0] for name in self.trained]
-        refs = [*self.trained.values(), *self.others]
-        values = dict(zip(map(id, refs), [*numbers, *others], strict=True))
+        values = dict(zip(map(id, self._refs), [*numbers, *others], strict=True))
         called = call_with(lambda: self._func(*batch, **kwargs), values)
         if self._options.check_states:
             caller = "train_step(grad_states=...)"

@@ -1,16 +1,25 @@
 """What a training step takes and returns."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.typing import ArrayLike
 
+from .._optimizers.optimizer import Optimizer
 from .._tree.flat import is_any_traced
+from .._tree.types import PyTree
 from .flat_step import CONCRETE, FlatStep
+from .interrupts import hold, release
 
 
-class TrainState:
+_M = TypeVar("_M", covariant=True)
+
+
+class TrainState(Generic[_M]):
     """Model, optimizer and key between two steps of [`vgrad_eqx.train_step`][].
 
     It holds flat arrays, which each step takes over: a state is used once, and the step
@@ -55,86 +64,76 @@ class TrainState:
     """
 
     # Few, because setting each takes a share of the time of a step.
-    __slots__ = ("_is_rebuilt", "_model", "count", "flat_step", "frozen", "history", "leaves")
+    __slots__ = ("_is_rebuilt", "_model", "count", "leaves", "training")
 
     def __init__(
-        self,
-        flat_step: FlatStep,
-        frozen: Any,
-        leaves: Any,
-        count: Any,
-        history: "History | None" = None,
+        self, training: "Training", leaves: Sequence[jax.Array], count: int | jax.Array
     ):
-        self.flat_step = flat_step
-        self.frozen = frozen
+        self.training = training
         self.leaves = leaves
         self.count = count
-        self.history = history
-
-    @classmethod
-    def begin(cls, flat_step: FlatStep, frozen: Any, leaves: Any, count: Any) -> "TrainState":
-        """A state that was not made of another one."""
-        keep_every = flat_step.options.keep_every
-        history = History(keep_every) if keep_every else None
-        return cls(flat_step, frozen, leaves, count, history)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> _M:
         self._check_kind(False, "model")
         if not hasattr(self, "_model"):
-            self._model = self.flat_step.get_model(self.leaves, self.frozen)
+            self._model = self.training.flat_step.get_model(self.leaves, self.training.frozen)
         return self._model
 
     @property
-    def optimizer(self) -> Any:
+    def optimizer(self) -> Optimizer:
         self.check()
-        return self.flat_step.get_optimizer(self.leaves, self.count)
+        return self.training.flat_step.get_optimizer(self.leaves, self.count)
 
     @property
     def hyperparams(self) -> dict[str, Any]:
         """As [`vgrad_eqx.Optimizer`][] has them."""
         return self.optimizer.hyperparams
 
-    def set_hyperparams(self, group: str | None = None, /, **values: Any) -> "TrainState":
+    def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> Self:
         """A state with other hyperparameters, as [`vgrad_eqx.Optimizer`][] sets them.
 
         It shares its other arrays with this one, so only one of the two can be used.
         """
         self.check()
-        leaves = self.flat_step.set_hyperparams(self.leaves, group, values)
-        return TrainState(self.flat_step, self.frozen, leaves, self.count, self.history)
+        leaves = self.training.flat_step.set_hyperparams(self.leaves, group, values)
+        return type(self)(self.training, leaves, self.count)
 
     @property
     def nn_state(self) -> Any:
         self._check_kind(False, "nn_state")
-        return self.flat_step.get_nn_state(self.leaves)
+        return self.training.flat_step.get_nn_state(self.leaves)
 
     @property
     def key(self) -> Any:
         self.check()
-        return self.flat_step.get_key(self.leaves)
+        return self.training.flat_step.get_key(self.leaves)
 
     @property
-    def kept(self) -> "TrainState | None":
+    def kept(self) -> Self | None:
         """The last copy that `train_step(keep_every=...)` has made."""
-        return None if self.history is None else self.history.kept
+        return None if self.training.history is None else self.training.history.kept
 
     def sync(self) -> None:
         """Sets the states by reference to the values that are carried."""
         self._check_kind(True, "sync")
         jax.block_until_ready(self.leaves)  # an error of the step is raised before they are set
-        self.flat_step.sync(self.leaves, self.count)
+        try:
+            hold()  # all of them are set, or none
+            self.training.flat_step.sync(self.leaves, self.count, self.training.memory)
+        finally:
+            release()
 
-    def __enter__(self) -> "TrainState":
+    def __enter__(self) -> Self:
         self._check_kind(True, "with")
-        if self.history is None:
-            self.history = History(0)
-        self.history.latest = self
+        if self.training.history is None:
+            self.training.history = History(0)
+        self.training.history.latest = self
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        assert self.history is not None
-        latest, kept = self.history.latest, self.history.kept
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        assert self.training.history is not None
+        latest, kept = self.training.history.latest, self.training.history.kept
         if error is None or _is_good(latest):
             latest.sync()
         elif _is_good(kept):
@@ -153,49 +152,53 @@ class TrainState:
         """All arrays by name, for a checkpoint."""
         self.check()
         count = self.count if jnp.ndim(self.count) else int(self.count)
-        return {"count": count, **self.flat_step.to_tree(self.leaves, self.frozen)}
+        flat_step, frozen = self.training.flat_step, self.training.frozen
+        return {"count": count, **flat_step.to_tree(self.leaves, frozen)}
 
-    def from_tree(self, tree: dict[str, Any]) -> "TrainState":
+    def from_tree(self, tree: dict[str, Any]) -> Self:
         """A state like this one, of such arrays."""
-        leaves, frozen = self.flat_step.from_tree(tree)
-        return TrainState.begin(self.flat_step, frozen, leaves, tree["count"])
+        flat_step, memory = self.training.flat_step, self.training.memory
+        leaves, frozen = flat_step.from_tree(tree)
+        return type(self)(Training.begin(flat_step, frozen, memory), leaves, tree["count"])
 
     @property
     def is_donated(self) -> bool:
         return any(type(leaf) in CONCRETE and leaf.is_deleted() for leaf in self.leaves)
 
-    def take_over(self, leaves: Any) -> None:
+    def take_over(self, leaves: Sequence[jax.Array]) -> None:
         """Becomes the next state, which nobody has got because of an interrupt."""
         if hasattr(self, "_model"):
             del self._model
-        self.leaves, self.count = leaves, self.count + self.flat_step.steps_per_call
-        if self.history is not None:
-            self.history.latest = self
+        self.leaves, self.count = leaves, self.count + self.training.flat_step.steps_per_call
+        if self.training.history is not None:
+            self.training.history.latest = self
 
-    def copy(self) -> "TrainState":
+    def copy(self) -> Self:
         """A state of its own, which lives on when a step takes over this one."""
         self.check()
         leaves = jtu.tree_map(jnp.copy, self.leaves)
-        return TrainState.begin(self.flat_step, self.frozen, leaves, self.count)
+        each = self.training
+        training = Training.begin(each.flat_step, each.frozen, each.memory)
+        return type(self)(training, leaves, self.count)
 
     __copy__ = copy
 
-    def __deepcopy__(self, memo: Any) -> "TrainState":
+    def __deepcopy__(self, memo: object) -> Self:
         return self.copy()
 
     def __reduce__(self) -> Any:
-        if self.flat_step.states is not None:
+        if self.training.flat_step.states is not None:
             raise TypeError(
                 "A `TrainState` over states by reference cannot be pickled, because its copy "
                 "would be of other states. Pickle the states after `sync()`, or save it by "
                 "`vg.save`."
             )
         parts = self.model, self.key, self.nn_state, self.optimizer
-        return _restore, (self.flat_step.owner, *parts)
+        return _restore, (self.training.flat_step.owner, *parts)
 
     def _check_kind(self, over_states: bool, name: str) -> None:
         self.check()
-        if over_states == (self.flat_step.states is None):
+        if over_states == (self.training.flat_step.states is None):
             over, instead = ("a module", "Its module is `model`.")
             if not over_states:
                 over, instead = "states by reference", "Read the states after `sync()`."
@@ -205,6 +208,24 @@ class TrainState:
         if self.is_donated:
             return "TrainState(donated)"
         return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
+
+
+@dataclasses.dataclass(slots=True)
+class Training:
+    """What the states that were made of one another have in common.
+
+    Over states by reference, `memory` is the state of their optimizer.
+    """
+
+    flat_step: FlatStep
+    frozen: Any
+    memory: Any
+    history: "History | None" = None
+
+    @classmethod
+    def begin(cls, flat_step: FlatStep, frozen: Any, memory: Any) -> "Training":
+        keep_every = flat_step.options.keep_every
+        return cls(flat_step, frozen, memory, History(keep_every) if keep_every else None)
 
 
 class History:
@@ -218,7 +239,7 @@ class History:
     def note(self, state: TrainState) -> None:
         self.latest = state
         if self._keep_every and not is_any_traced(state.leaves):
-            before = state.count - state.flat_step.steps_per_call
+            before = state.count - state.training.flat_step.steps_per_call
             if before // self._keep_every < state.count // self._keep_every:
                 # It waits for the values, so that only those of a good step are kept.
                 self.kept = jax.block_until_ready(state.copy())
@@ -234,24 +255,27 @@ def _is_good(state: TrainState | None) -> bool:
     return True
 
 
-def _restore(owner: Any, model: Any, key: Any, nn_state: Any, optimizer: Any) -> TrainState:
+def _restore(
+    owner: Any, model: PyTree, key: jax.Array | None, nn_state: PyTree, optimizer: Any
+) -> TrainState:
     return owner.init(model, key=key, nn_state=nn_state, optimizer=optimizer)
 
 
 _NAMES = tuple(map(jtu.GetAttrKey, ("leaves", "frozen", "count")))
 
 
-def _flatten(state: TrainState) -> tuple[Any, FlatStep]:
-    count = state.count
+def _flatten(state: TrainState) -> tuple[Any, Any]:
+    count, training = state.count, state.training
     # One that JAX has built may hold anything, such as the axes of `jax.vmap`.
     if isinstance(count, int) and not hasattr(state, "_is_rebuilt"):
         count = jnp.asarray(count, jnp.int32)
-    return tuple(zip(_NAMES, (state.leaves, state.frozen, count), strict=True)), state.flat_step
+    children = zip(_NAMES, (state.leaves, training.frozen, count), strict=True)
+    return tuple(children), (training.flat_step, training.memory)
 
 
-def _unflatten(flat_step: FlatStep, children: Any) -> TrainState:
-    leaves, frozen, count = children
-    state = TrainState.begin(flat_step, frozen, leaves, count)
+def _unflatten(common: Any, children: PyTree) -> TrainState:
+    (flat_step, memory), (leaves, frozen, count) = common, children
+    state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
     state._is_rebuilt = True  # noqa: SLF001
     return state
 

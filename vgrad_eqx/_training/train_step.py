@@ -1,9 +1,11 @@
 """Compiled training steps whose cost in Python does not grow with the model."""
 
+import dataclasses
 import functools as ft
+import itertools
 import operator
-from collections.abc import Callable
-from typing import Any, cast, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast, overload, Protocol, runtime_checkable, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,17 +16,22 @@ import jax.tree_util as jtu
 from .._jit.callbacks import explain
 from .._optimizers.fingerprint import Fingerprinted
 from .._optimizers.optimizer import Optimizer
-from .._optimizers.partition import check_tx
+from .._optimizers.partition import check_tx, TxLike
 from .._optimizers.state_optimizer import StateOptimizer
-from .._select.grad_states import GradStates, parse_grad_states
+from .._select.grad_states import GradStates, GradStatesLike, parse_grad_states
 from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
-from .flat_step import FlatStep, list_names, Metrics, Options, PLAIN
+from .._tree.types import PyTree
+from .flat_step import FlatStep, list_names, Metrics, Options
+from .interrupts import held, release
 from .over_states import StateFunction, UnknownStates
-from .train_state import TrainState
+from .train_state import Training, TrainState
+
+
+_M = TypeVar("_M")
 
 
 @runtime_checkable
@@ -52,8 +59,8 @@ class TrainStep(Protocol):
     """
 
     def __call__(
-        self, state: TrainState, /, *batch: Any, **kwargs: Any
-    ) -> tuple[TrainState, Metrics]:
+        self, state: TrainState[_M], /, *batch: PyTree, **kwargs: PyTree
+    ) -> tuple[TrainState[_M], Metrics]:
         """Takes the steps of one call, and takes over the arrays of `state`.
 
         **Arguments:**
@@ -77,15 +84,35 @@ class TrainStep(Protocol):
         """
         ...
 
+    @overload
     def init(
         self,
-        model: Any = None,
+        model: _M,
         *,
-        key: Any = None,
-        nn_state: Any = None,
-        optimizer: Any = None,
-        batch: Any = None,
-    ) -> TrainState:
+        key: jax.Array | None = None,
+        nn_state: eqx.nn.State | None = None,
+        optimizer: Optimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[_M]: ...
+
+    @overload
+    def init(
+        self,
+        *,
+        key: jax.Array | None = None,
+        optimizer: StateOptimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[None]: ...
+
+    def init(
+        self,
+        model: PyTree = None,
+        *,
+        key: jax.Array | None = None,
+        nn_state: eqx.nn.State | None = None,
+        optimizer: Optimizer | StateOptimizer | None = None,
+        batch: Sequence[PyTree] | None = None,
+    ) -> TrainState[Any]:
         """Makes the state to begin with.
 
         **Arguments:**
@@ -113,7 +140,7 @@ class TrainStep(Protocol):
         """
         ...
 
-    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+    def lower(self, state: TrainState[Any], /, *batch: PyTree, **kwargs: PyTree) -> Any:
         """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
         ...
 
@@ -133,43 +160,60 @@ class _Trainer:
 
     def init(
         self,
-        model: Any = None,
+        model: PyTree = None,
         *,
-        key: Any = None,
-        nn_state: Any = None,
+        key: jax.Array | None = None,
+        nn_state: PyTree = None,
         optimizer: Any = None,
-        batch: Any = None,
+        batch: PyTree = None,
     ) -> TrainState:
         _check_parts(key, nn_state, batch)
-        states = None
+        states = memory = None
         if self._grad_states.by_reference:
-            optimizer, states = self._init_over_states(model, nn_state, optimizer)
-            model, nn_state = states.optimizer.params(), []
+            over_states = self._init_over_states(model, nn_state, optimizer)
+            states, memory = StateFunction(self._options, over_states), over_states.memory
+            model, nn_state, optimizer = over_states.params(), [], memory.value
         flat = FlatTree(model)
         if states is None:
             optimizer = self._init_optimizer(model, flat, optimizer)
-        flat_step = FlatStep(self, self._options, flat, optimizer, key, nn_state, states)
-        if states is None:
-            known = self._flat_steps.get(flat_step.signature)
-            if known is None:
-                self._flat_steps.set(flat_step.signature, flat_step)
-            else:
-                flat_step = known
+        flat_step = self._share(
+            FlatStep(self, self._options, flat, optimizer, key, nn_state, states)
+        )
         leaves, frozen = flat_step.start(flat, optimizer, key, nn_state)
         count = optimizer.count
         if not isinstance(count, jax.core.Tracer) and not jnp.ndim(count):
             count = int(count)
-        state = TrainState.begin(flat_step, frozen, leaves, count)
-        if states is None or batch is None:
-            return state
-        try:
-            program, inputs = flat_step.find_program(tuple(batch), {})
-            jax.eval_shape(program, leaves, frozen, inputs)
-        except UnknownStates as unknown:
-            return _extend(state, unknown)
+        state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
+        while state.training.flat_step.unknown is not None:
+            state = self.extend(state, state.training.flat_step.unknown)
+        if states is not None and batch is not None:
+            try:
+                self._evaluate_shapes(state, tuple(batch))
+            except UnknownStates as unknown:
+                return self.extend(state, unknown)
         return state
 
-    def _init_optimizer(self, model: Any, flat: FlatTree, optimizer: Any) -> Optimizer:
+    def _share(self, flat_step: FlatStep) -> FlatStep:
+        """The step that was made alike before, if there is one, which has its programs."""
+        known = self._flat_steps.get(flat_step.signature)
+        if known is None:
+            self._flat_steps.set(flat_step.signature, flat_step)
+        return flat_step if known is None else known
+
+    def extend(self, state: TrainState, unknown: UnknownStates) -> TrainState:
+        """The same state, which carries the values of more states by reference."""
+        flat_step, leaves = state.training.flat_step.extend(state.leaves, unknown)
+        training = dataclasses.replace(state.training, flat_step=self._share(flat_step))
+        return TrainState(training, leaves, state.count)
+
+    def _evaluate_shapes(self, state: TrainState, batch: tuple[PyTree, ...]) -> None:
+        try:
+            program, inputs = state.training.flat_step.find_program(batch, {})
+            jax.eval_shape(program.compiled, state.leaves, state.training.frozen, inputs)
+        finally:
+            release()
+
+    def _init_optimizer(self, model: PyTree, flat: FlatTree, optimizer: Any) -> Optimizer:
         if model is None:
             raise TypeError(
                 "`train_step(...).init(model)` needs the module, of which `grad_states` "
@@ -190,8 +234,8 @@ class _Trainer:
         return optimizer
 
     def _init_over_states(
-        self, model: Any, nn_state: Any, optimizer: Any
-    ) -> tuple[Optimizer, StateFunction]:
+        self, model: PyTree, nn_state: PyTree, optimizer: object
+    ) -> StateOptimizer:
         if model is not None or nn_state is not None:
             raise TypeError(
                 "`train_step(grad_states=...)` names states by reference, so `init` takes "
@@ -208,7 +252,7 @@ class _Trainer:
                 f"{show(getattr(optimizer, 'states', optimizer))}."
             )
         self._check_tx(optimizer.memory.value)
-        return optimizer.memory.value, StateFunction(self._options, optimizer)
+        return optimizer
 
     def _check_tx(self, optimizer: Optimizer) -> None:
         if optimizer.tx != self._tx:
@@ -218,22 +262,24 @@ class _Trainer:
                 "selector, tx=tx)`, or pass its own to `train_step`."
             )
 
-    def lower(self, state: TrainState, /, *batch: Any, **kwargs: Any) -> Any:
+    def lower(self, state: TrainState, /, *batch: PyTree, **kwargs: object) -> Any:
         self.check(state)
-        compiled, inputs = state.flat_step.find_program(batch, kwargs)
+        program, inputs = state.training.flat_step.find_program(batch, kwargs)
         try:
-            return compiled.lower(state.leaves, state.frozen, inputs)
+            return program.compiled.lower(state.leaves, state.training.frozen, inputs)
         except UnknownStates as unknown:
-            return self.lower(_extend(state, unknown), *batch, **kwargs)
+            return self.lower(self.extend(state, unknown), *batch, **kwargs)
+        finally:
+            release()
 
-    def check(self, state: Any) -> None:
+    def check(self, state: PyTree) -> None:
         """Refuses what a step cannot take."""
         if not isinstance(state, TrainState):
             raise TypeError(
                 "A training step takes the `TrainState` of `init`, and then the batch: "
                 f"`state, metrics = step(state, *batch)`. Got {show(state)}."
             )
-        if state.flat_step.owner is not self:
+        if state.training.flat_step.owner is not self:
             raise ValueError(
                 "A training step takes a state of its own. Got one of another `train_step`. "
                 "Make one by `step.init(state.model, optimizer=state.optimizer)`."
@@ -244,25 +290,30 @@ class _Trainer:
 def _make_step(trainer: _Trainer) -> TrainStep:
     # A function, because Python handles Ctrl-C when an object has been called, and nothing has
     # stored its result yet; but not when a function has been.
-    def step(state: TrainState, /, *batch: Any, **kwargs: Any) -> tuple[TrainState, Metrics]:
-        if type(state) is not TrainState or state.flat_step.owner is not trainer:
+    def step(
+        state: TrainState, /, *batch: PyTree, **kwargs: object
+    ) -> tuple[TrainState, Metrics]:
+        if type(state) is not TrainState or state.training.flat_step.owner is not trainer:
             trainer.check(state)
-        flat_step, leaves = state.flat_step, None
+        training, leaves = state.training, None
+        flat_step = training.flat_step
         compiled, inputs = flat_step.compiled, batch
-        if kwargs or not PLAIN.issuperset(map(type, batch)):
-            compiled, inputs = flat_step.find_program(batch, kwargs)
+        if kwargs or not flat_step.plain.issuperset(map(type, batch)):
+            program, inputs = flat_step.find_program(batch, kwargs)
+            compiled = program.call
         try:
             # Unpacked by C code, so that no interrupt comes before the results are stored.
-            ((leaves, value, aux, norms),) = map(
-                compiled, (state.leaves,), (state.frozen,), (inputs,)
+            ((leaves, value, aux, norms),) = itertools.starmap(
+                compiled, ((state.leaves, training.frozen, inputs),)
             )
-            count, history = state.count + flat_step.steps_per_call, state.history
-            following = TrainState(flat_step, state.frozen, leaves, count, history)
-            if history is not None:
-                history.note(following)
+            if held:
+                release()
+            following = TrainState(training, leaves, state.count + flat_step.steps_per_call)
+            if training.history is not None:
+                training.history.note(following)
             return following, Metrics(value, aux, norms)
         except UnknownStates as unknown:
-            extended = _extend(state, unknown)
+            extended = trainer.extend(state, unknown)
         except BaseException as error:
             _recover(state, leaves, error)
             raise
@@ -286,11 +337,12 @@ def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
             "each n-th state to `state.kept`, or `donate=False`, which keeps every state and "
             "takes twice the memory. `vg.save` writes one to a file."
         )
+    release()
     if clear is not error:
         raise clear from None
 
 
-def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
+def _check_parts(key: jax.Array | None, nn_state: PyTree, batch: PyTree) -> None:
     """Refuses what is not meant for `init`."""
     dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
@@ -316,8 +368,8 @@ def _check_parts(key: Any, nn_state: Any, batch: Any) -> None:
 
 def train_step(
     func: Callable[..., Any],
-    tx: Any,
-    grad_states: Any = True,
+    tx: TxLike,
+    grad_states: GradStatesLike = True,
     *,
     has_aux: bool = False,
     check_states: bool = True,
@@ -327,6 +379,7 @@ def train_step(
     grad_norms: bool = False,
     donate: bool = True,
     keep_every: int = 0,
+    extra_args: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> TrainStep:
     """Creates a compiled training step: the gradient of `func`, and a step of `tx`.
 
@@ -339,7 +392,8 @@ def train_step(
     - `func`: the loss, `func(model, *batch, **kwargs)`. It returns one array or Quantity, a
         scalar or a vector of losses: the step goes along the gradient of their sum.
     - `tx`: an optax transformation, or a dict from selector to transformation, as in
-        [`vgrad_eqx.Optimizer`][]. Line searches get their extra arguments. With
+        [`vgrad_eqx.Optimizer`][]. It gets those of the extra arguments `value`, `grad`,
+        `value_fn`, `obj_fn` and `grad_fn` that it takes, as line searches do. With
         `optax.apply_if_finite`, a step that is rejected leaves `nn_state` as it was.
     - `grad_states`: what is trained: a selector of leaves of the module, or states by
         reference, as in [`vgrad_eqx.vector_grad`][]. Defaults to all inexact arrays of the
@@ -372,8 +426,8 @@ def train_step(
 
     **Raises:**
 
-    - `TypeError`: at once, if `func` is not callable or `tx` is no optax transformation; if
-        `steps_per_call`, `accumulate` or `keep_every` is no int.
+    - `TypeError`: at once, if `func` or `extra_args` is not callable or `tx` is no optax
+        transformation; if `steps_per_call`, `accumulate` or `keep_every` is no int.
     - `ValueError`: at once, if one of those is below 1, or `keep_every` below 0. For the
         errors of `init` and of the step, see there.
 
@@ -396,6 +450,11 @@ def train_step(
     """
     if not callable(func):
         raise TypeError(f"`train_step(func=...)` must be a callable. Got {show(func)}.")
+    if extra_args is not None and not callable(extra_args):
+        raise TypeError(
+            "`train_step(extra_args=...)` must be a function of the auxiliary data that "
+            f"returns a dict. Got {show(extra_args)}."
+        )
     check_tx(tx, "train_step(tx=...)")
     numbers = {"steps_per_call": steps_per_call, "accumulate": accumulate}
     for name, number in {**numbers, "keep_every": keep_every}.items():
@@ -426,17 +485,12 @@ def train_step(
         grad_norms,
         donate,
         keep_every,
+        extra_args,
     )
     return _make_step(_Trainer(options, parsed))
 
 
-def _extend(state: TrainState, unknown: UnknownStates) -> TrainState:
-    """The same state, which carries the values of more states by reference."""
-    flat_step, leaves = state.flat_step.extend(state.leaves, unknown)
-    return TrainState(flat_step, state.frozen, leaves, state.count, state.history)
-
-
-def _is_same(optimizer: StateOptimizer, states: Any) -> bool:
+def _is_same(optimizer: StateOptimizer, states: PyTree) -> bool:
     entries = [
         jtu.tree_flatten(tree, is_leaf=is_reference) for tree in (optimizer.states, states)
     ]

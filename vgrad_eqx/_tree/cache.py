@@ -21,7 +21,7 @@ class Cache:
         except Exception:
             return None
 
-    def set(self, key: Hashable, value: Any) -> None:
+    def set(self, key: Hashable, value: object) -> None:
         try:
             if len(self._entries) >= self._max_size and key not in self._entries:
                 self._entries.clear()
@@ -30,7 +30,7 @@ class Cache:
             return
 
 
-def is_equal(value: Any, other: Any) -> bool:
+def is_equal(value: object, other: object) -> bool:
     """Whether two values are of one type and equal. What does not compare is not."""
     if value is other:
         return True

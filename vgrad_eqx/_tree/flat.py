@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import equinox as eqx
+import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.typing import DTypeLike
 
+from .types import PyTree
 from .units import attach_unit, make_quantity_test, split_units
 
 
@@ -23,7 +26,7 @@ class FlatTree:
     if there is no Quantity. `differentiable` are the indices of the leaves with a gradient.
     """
 
-    def __init__(self, tree: Any):
+    def __init__(self, tree: PyTree):
         self.tree = tree
         # Looked up here, so that a call enters the module of units only where there are any.
         self._is_leaf = is_leaf = make_quantity_test() if "saiunit" in sys.modules else None
@@ -69,7 +72,7 @@ _CONTAINERS = (list, tuple, dict)
 _DEEPEST = 400
 
 
-def _refuse_endless(tree: Any) -> None:
+def _refuse_endless(tree: PyTree) -> None:
     """Refuses a container that holds itself, after which JAX (0.12) breaks the interpreter."""
     level: Any = [tree]
     for _ in range(_DEEPEST):
@@ -138,7 +141,7 @@ class Split:
         return cls(list(diff), rest)
 
 
-def split_arrays(tree: Any, is_array: Callable[[Any], bool]) -> Split:
+def split_arrays(tree: PyTree, is_array: Callable[[Any], bool]) -> Split:
     """Splits a pytree, whose Quantities are nodes, into its arrays and the rest."""
     leaves, structure = jtu.tree_flatten(tree)
     indices = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
@@ -160,14 +163,20 @@ def is_any_traced(leaves: Sequence[Any]) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
-def is_scalar(leaf: Any) -> bool:
+def is_scalar(leaf: object) -> bool:
     """Whether `leaf` is a Python number that JAX differentiates."""
     return isinstance(leaf, float | complex)
 
 
-def widen(dtype: Any) -> Any:
+def widen(dtype: DTypeLike) -> Any:
     """The dtype to add and average in, which is float32 for smaller ones."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
+
+
+def cast(leaf: Any, dtype: Any) -> Any:
+    """A number as a JAX array of this dtype, also where it is only weakly of it."""
+    is_kept = eqx.is_array(leaf) and leaf.dtype == dtype and not jax.typeof(leaf).weak_type
+    return leaf if is_kept else jnp.asarray(leaf, dtype)
 
 
 name_of = ft.partial(jtu.keystr, simple=True, separator=".")

@@ -12,7 +12,7 @@ class _NumPyLeaf(np.ndarray):
     """What a predicate sees of a NumPy array that is traced: all but its values."""
 
 
-def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+def _refuse(self: Any, *args: object, **kwargs: object) -> NoReturn:
     raise TypeError(
         "A predicate may use the shape and the dtype of an array that is traced, but not its "
         "values. Select by a path, or outside of `vg.jit`."

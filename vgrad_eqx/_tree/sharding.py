@@ -39,7 +39,7 @@ def spread(arrays: Sequence[Any], others: Sequence[Any] = ()) -> list[Any]:
     return list(arrays)
 
 
-def find_sharding(array: Any) -> NamedSharding | None:
+def find_sharding(array: jax.Array) -> NamedSharding | None:
     """The sharding of an array that JAX would not keep by itself."""
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:

@@ -1,10 +1,13 @@
 """States: named references to values."""
 
+import collections
+import itertools
+import operator
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,16 +15,21 @@ import jax.core
 import jax.numpy as jnp
 import jax.ref
 import numpy as np
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, take_current_trace
 from jax.interpreters import ad, batching, mlir
+from jax.typing import ArrayLike
 
 from .cache import is_equal
 from .flat import FlatTree, Split
 from .text import show
+from .types import PyTree
 from .units import find_factor, scale_number, split_unit
 
 
-class State:
+_T = TypeVar("_T")
+
+
+class State(Generic[_T]):
     """A named reference to a value, which a function may read and set.
 
     Functions share a state by closing over it. Compiled functions read its current value at
@@ -53,8 +61,9 @@ class State:
     - `TypeError`: if there is no array in `value`.
     - `ValueError`: on setting a value of another structure, shape, dtype or dimension, and
         on setting any under `jax.vmap`. The state keeps its old value then.
-    - `RuntimeError`: on reading, after a compiled function that sets the state has failed at
-        run time. JAX has taken the array of the state then; set its `value` anew.
+    - `RuntimeError`: on reading, after a function under `jax.jit` that uses the state has
+        failed at run time. JAX has taken the array of the state then; set its `value` anew.
+        Under [`vgrad_eqx.jit`][], which donates none, it has its old value instead.
 
     **Example:**
 
@@ -75,9 +84,9 @@ class State:
 
     __slots__ = ("__weakref__", "content", "name", "stand_ins")
 
-    def __init__(self, value: Any, name: str | None = None):
+    def __init__(self, value: _T, name: str | None = None):
         if isinstance(value, bool | int | float | complex):
-            value = np.asarray(value)
+            value = np.asarray(value)  # pyright: ignore[reportAssignmentType]
         flat = FlatTree(value)
         arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
         if not arrays.diff:
@@ -95,11 +104,11 @@ class State:
         return self.content.diff
 
     @property
-    def value(self) -> Any:
+    def value(self) -> _T:
         return self.content.rest.combine(list(map(read, self.refs)))
 
     @value.setter
-    def value(self, value: Any) -> None:
+    def value(self, value: _T | ArrayLike) -> None:
         arrays = self._find_arrays(value)
         if arrays is None:
             raise ValueError(
@@ -107,17 +116,11 @@ class State:
                 f"the dimensions of units, {self._describe()}. Got "
                 f"{show(value)}. Make another state for it."
             )
-        written = []
-        try:
-            for ref, array in zip(self.refs, arrays, strict=True):
-                array = array if eqx.is_array(array) else jnp.asarray(array, ref.dtype)
-                written.append((ref, write(ref, array, self)))
-        except ValueError:
-            for ref, old in written:
-                write(ref, old, self)
-            raise
+        pairs = zip(self.refs, arrays, strict=True)
+        arrays = [x if eqx.is_array(x) else jnp.asarray(x, ref.dtype) for ref, x in pairs]
+        write_all(self.refs, arrays, self)
 
-    def _find_arrays(self, value: Any) -> Sequence[Any] | None:
+    def _find_arrays(self, value: object) -> Sequence[Any] | None:
         """The arrays in a value for this state, or `None` if the value does not fit."""
         flat, rest = FlatTree(value), self.content.rest
         if flat.structure != rest.structure:
@@ -161,16 +164,39 @@ class State:
 
     # Without these, NumPy would make an array of objects of it, and Equinox, when it saves a
     # module, would leave it out and say nothing.
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
+    def __array__(self, *args: object, **kwargs: object) -> Any:
+        raise TypeError(self._describe_mistake())
+
+    # Raises when it is looked for, since JAX does not call it everywhere, and another error
+    # than a `TypeError`, in the place of which JAX raises its own.
+    @property
+    def __jax_array__(self) -> Any:
+        raise ValueError(self._describe_mistake())
+
+    def _describe_mistake(self) -> str:
+        return (
             f"{self!r} is a reference and no array. Take its `value`. To save the states of a "
             "module, use `vg.save`."
         )
 
-    __jax_array__ = __array__
+    def __getattr__(self, name: str) -> Any:
+        hint = " It is a reference. Take its `value`." if hasattr(jax.Array, name) else ""
+        raise AttributeError(
+            f"`{type(self).__name__}` has no attribute `{name}`.{hint}", name=name, obj=self
+        )
 
 
-def _make_state(cls: type[State], value: Any, name: str | None) -> State:
+# What people do with arrays, and so with a state whose `value` they forgot. But two states
+# compare, because they are keys of dicts.
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or".split()
+_OTHERS = (
+    "lt le gt ge neg pos abs invert getitem setitem len bool int float complex round".split()
+)
+for _name in [*_BINARY, *[f"r{name}" for name in _BINARY], *_OTHERS]:
+    setattr(State, f"__{_name}__", State.__array__)
+
+
+def _make_state(cls: type[State], value: object, name: str | None) -> State:
     state = cls.__new__(cls)
     State.__init__(state, value, name)
     return state
@@ -192,7 +218,7 @@ def refuse_brainstate(leaves: Sequence[Any], caller: str) -> None:
             )
 
 
-def is_reference(node: Any) -> bool:
+def is_reference(node: object) -> bool:
     return isinstance(node, State | jax.Ref)
 
 
@@ -213,6 +239,17 @@ class _Active(threading.local):
 
 # The overlays of this thread. The last one counts.
 active = _Active()
+
+
+# What evaluates operations at once.
+with jax.ensure_compile_time_eval(), take_current_trace() as _evaluation:
+    pass
+
+
+def is_evaluating() -> bool:
+    """Whether operations are evaluated now, on the values that states have."""
+    with take_current_trace() as trace:
+        return trace is _evaluation and not active.overlays
 
 
 class _StandInTrace(jax.core.Trace):
@@ -256,11 +293,11 @@ class StandIn(jax.core.Tracer):
 _stand_ins: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
 
 
-def find_stand_in(ref: Any) -> StandIn | None:
+def find_stand_in(ref: object) -> StandIn | None:
     return _stand_ins.get(id(ref))
 
 
-def describe(ref: Any) -> str:
+def describe(ref: object) -> str:
     """What errors call a reference."""
     stand_in = find_stand_in(ref)
     return "A `jax.Ref`" if stand_in is None else stand_in.describe()
@@ -274,7 +311,7 @@ batching.defvectorized(hold_p)
 mlir.register_lowering(hold_p, lambda ctx, value: [value])
 
 
-def hold(value: Any) -> Any:
+def hold(value: object) -> Any:
     """The value itself, as the result of an operation."""
     return hold_p.bind(value)
 
@@ -283,7 +320,7 @@ def hold(value: Any) -> Any:
 lock = threading.RLock()
 
 
-def is_traced(ref: Any) -> bool:
+def is_traced(ref: object) -> bool:
     """Whether a reference was made in a function while JAX traced it."""
     return isinstance(ref, jax.core.Tracer)
 
@@ -300,11 +337,11 @@ def read(ref: jax.Ref) -> Any:
         raise RuntimeError(
             f"{describe(ref)} has lost its value: JAX had taken its array for a compiled "
             "function, which then failed. Set its `value`, say to that of a checkpoint, and "
-            "call the function again."
+            "call the function again. Under `vg.jit`, states keep their old values."
         ) from error
 
 
-def write(ref: jax.Ref, value: Any, name: Any) -> Any:
+def write(ref: jax.Ref, value: object, name: object = None) -> Any:
     """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
     overlay = active.overlays[-1] if active.overlays and not is_traced(ref) else None
     if overlay is not None and overlay.is_current():
@@ -316,6 +353,7 @@ def write(ref: jax.Ref, value: Any, name: Any) -> Any:
         except Exception as error:
             if type(error) is not Exception:  # JAX has no type for these two errors
                 raise
+            name = describe(ref) if name is None else name
             if "vmapped" in str(error):
                 raise ValueError(
                     f"{name} cannot be set inside of `jax.vmap`, where each element would "
@@ -330,7 +368,19 @@ def write(ref: jax.Ref, value: Any, name: Any) -> Any:
             ) from error
 
 
-def _swap(ref: jax.Ref, value: Any) -> Any:
+def write_all(refs: Iterable[jax.Ref], values: Iterable[object], name: object = None) -> None:
+    """Sets all references, or none."""
+    written = []
+    try:
+        for ref, value in zip(refs, values, strict=True):
+            written.append((ref, write(ref, value, name)))
+    except BaseException:
+        for ref, old in written:
+            write(ref, old, name)
+        raise
+
+
+def _swap(ref: jax.Ref, value: object) -> Any:
     try:
         return jax.ref.swap(ref, ..., value)
     except RuntimeError as error:
@@ -341,6 +391,31 @@ def _swap(ref: jax.Ref, value: Any) -> Any:
     return value
 
 
+def find_arrays(refs: Sequence[jax.Ref]) -> list[Any]:
+    """The arrays in references, not copied (which takes 0.2 ms), so they are not for users."""
+    arrays = [ref._refs._buf for ref in refs]  # noqa: SLF001
+    if any(map(operator.methodcaller("is_deleted"), arrays)):
+        for ref in refs:
+            read(ref)  # which says what has happened
+    return arrays
+
+
+def set_arrays(refs: Sequence[jax.Ref], old: Sequence[Any], new: Mapping[int, Any]) -> None:
+    """Sets references, by their index, to arrays that nobody else holds.
+
+    All or none, whenever an interrupt comes. Raises if one is not what it was before.
+    """
+    homes = [refs[i]._refs for i in new]  # noqa: SLF001
+    with lock:
+        for i, home in zip(new, homes, strict=True):
+            if home._buf is not old[i]:  # noqa: SLF001
+                raise RuntimeError(
+                    f"{describe(refs[i])} was set elsewhere while a function under `vg.jit` "
+                    "ran that sets it, and has kept that value. Let one run after the other."
+                )
+        collections.deque(map(setattr, homes, itertools.repeat("_buf"), new.values()), 0)
+
+
 def find_states(leaves: Sequence[Any]) -> list[int]:
     """The indices of the states among leaves."""
     if not any(issubclass(leaf_type, State) for leaf_type in set(map(type, leaves))):
@@ -348,23 +423,23 @@ def find_states(leaves: Sequence[Any]) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if isinstance(leaf, State)]
 
 
-def _holds_array(leaf: Any) -> bool:
+def _holds_array(leaf: object) -> bool:
     number, unit = split_unit(leaf)
     return _is_array(number) or (unit is not None and isinstance(number, int | float | complex))
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
 
 
-def _make_ref(leaf: Any) -> jax.Ref:
+def _make_ref(leaf: object) -> jax.Ref:
     array = jnp.asarray(leaf)
     return jax.new_ref(
         jnp.asarray(array, array.dtype) if jax.typeof(array).weak_type else array
     )
 
 
-def _fits(new: Any, ref: jax.Ref) -> bool:
+def _fits(new: PyTree, ref: jax.Ref) -> bool:
     """Whether a reference may be set to an array or a number."""
     if not _is_array(new) and not isinstance(new, bool | int | float | complex):
         return False

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .flat import FlatTree, name_of
+from .types import PyTree
 
 
 _MOST_LEAVES = 16
@@ -24,7 +25,7 @@ def shorten(texts: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     return separator.join([*texts[:most], *more])
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as it is named in an error, on one line: what is long by its class alone."""
     kind = f"a `{type(value).__name__}`"
     name = getattr(value, "__name__", None)
@@ -45,7 +46,7 @@ def quote(name: str, mark: str = "`") -> str:
     return f"{mark}{shown}{mark}"
 
 
-def check_flag(flag: Any, caller: str) -> None:
+def check_flag(flag: object, caller: str) -> None:
     """Refuses what is no bool, such as an argument at the wrong position."""
     if not isinstance(flag, bool | np.bool_):
         raise TypeError(f"`{caller}` must be True or False. Got {show(flag)}.")
@@ -57,7 +58,7 @@ def name_shapes(arrays: Sequence[Any]) -> str:
     return shorten([eqx.tree_pformat(shape, struct_as_array=True) for shape in shapes])
 
 
-def names_without_leaves(tree: Any) -> list[str]:
+def names_without_leaves(tree: PyTree) -> list[str]:
     """The dotted paths of the `None`s and of the empty nodes."""
     nodes, _ = jtu.tree_flatten_with_path(tree, is_leaf=lambda n: not jtu.tree_leaves(n))
     return [name_of(key_path) for key_path, node in nodes if not jtu.tree_leaves(node)]

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax.tree_util as jtu
+from jax.typing import ArrayLike
+
+from .types import PyTree, Unit
 
 
 def quantity_test() -> Callable[[Any], bool] | None:
@@ -25,7 +28,7 @@ def make_quantity_test() -> Callable[[Any], bool]:
     return type.__instancecheck__.__get__(brainunit.Quantity)
 
 
-def refuse_foreign(tree: Any, caller: str) -> None:
+def refuse_foreign(tree: PyTree, caller: str) -> None:
     """Refuses quantities of other libraries, whose units would be lost or wrong."""
     nodes = filter(_is_foreign, jtu.tree_leaves(tree, is_leaf=_is_foreign))
     for node in nodes:
@@ -36,13 +39,14 @@ def refuse_foreign(tree: Any, caller: str) -> None:
         )
 
 
-def _is_foreign(node: Any) -> bool:
+def _is_foreign(node: object) -> bool:
     is_quantity = quantity_test()
     if is_quantity is not None and is_quantity(node):
         return False
     names = {base.__name__ for base in type(node).__mro__}  # of unxt, astropy and pint
-    has_unit = hasattr(node, "unit") or hasattr(node, "units")
-    return has_unit and not names.isdisjoint({"Quantity", "AbstractQuantity", "PlainQuantity"})
+    if names.isdisjoint({"Quantity", "AbstractQuantity", "PlainQuantity"}):
+        return False
+    return hasattr(node, "unit") or hasattr(node, "units")
 
 
 def split_unit(leaf: Any) -> tuple[Any, Any]:
@@ -58,7 +62,7 @@ def split_units(leaves: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     return tuple(zip(*map(split_unit, leaves), strict=True))  # pyright: ignore[reportReturnType]
 
 
-def attach_unit(number: Any, unit: Any) -> Any:
+def attach_unit(number: ArrayLike, unit: Unit) -> Any:
     """A Quantity, or the number itself if the unit is `None`."""
     if unit is None:
         return number
@@ -67,32 +71,32 @@ def attach_unit(number: Any, unit: Any) -> Any:
     return brainunit.Quantity(number, unit=unit)
 
 
-def scale_number(number: Any, factor: float) -> Any:
+def scale_number(number: ArrayLike, factor: float) -> Any:
     """The product, for which nothing is done if the factor is one."""
     return number if factor == 1.0 else number * factor
 
 
-def _as_unit(unit: Any) -> Any:
+def _as_unit(unit: Unit) -> Any:
     import brainunit
 
     return brainunit.UNITLESS if unit is None else unit
 
 
-def find_quotient(unit: Any, by: Any) -> Any:
+def find_quotient(unit: Unit, by: Unit) -> Any:
     """The quotient of two units, or `None` if neither is given."""
     if unit is None and by is None:
         return None
     return _as_unit(unit) / _as_unit(by)
 
 
-def multiply_units(unit: Any, by: Any) -> Any:
+def multiply_units(unit: Unit, by: Unit) -> Any:
     """The product of two units, or `None` if neither is given."""
     if unit is None and by is None:
         return None
     return _as_unit(unit) * _as_unit(by)
 
 
-def divide_units(unit: Any, by: Any) -> tuple[float, Any]:
+def divide_units(unit: Unit, by: Unit) -> tuple[float, Any]:
     """A factor and a unit, which is `None` where the quotient has no dimension."""
     quotient = find_quotient(unit, by)
     if quotient is not None and quotient.dim.is_dimensionless:
@@ -100,7 +104,7 @@ def divide_units(unit: Any, by: Any) -> tuple[float, Any]:
     return 1.0, quotient
 
 
-def find_factor(unit: Any, to: Any) -> float | None:
+def find_factor(unit: Unit, to: Unit) -> float | None:
     """What converts a number in one unit to another, or `None` if their dimensions differ."""
     if unit is None and to is None:
         return 1.0
@@ -130,7 +134,7 @@ def find_factors(units: Sequence[Any], text: str, names: Sequence[str]) -> list[
     return [factor for factor in factors if factor is not None]
 
 
-def parse_unit(unit: Any, caller: str) -> Any:
+def parse_unit(unit: Unit, caller: str) -> Any:
     if unit is None:
         return None
     import brainunit
@@ -143,7 +147,7 @@ def parse_unit(unit: Any, caller: str) -> Any:
     return unit
 
 
-def is_unit(leaf: Any) -> bool:
+def is_unit(leaf: object) -> bool:
     if "saiunit" not in sys.modules:
         return False
     import brainunit
@@ -151,7 +155,7 @@ def is_unit(leaf: Any) -> bool:
     return isinstance(leaf, brainunit.Unit)
 
 
-def describe_unit(unit: Any) -> list[str] | None:
+def describe_unit(unit: Unit) -> list[str] | None:
     """How a unit is written, its size, and its dimension, all as text."""
     if unit is None:
         return None
