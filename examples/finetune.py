@@ -9,6 +9,7 @@ training is saved, and a new process resumes it: it must end with the same numbe
 import argparse
 import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import equinox as eqx
@@ -121,7 +122,7 @@ def fit(trainer, steps, checkpoint):
 
     head = make_model(10, jr.key(seed + 2)).layers[-1]
     model = eqx.tree_at(lambda model: model.layers[-1], state.model, head)
-    vg.summary(model, HEAD)
+    print(vg.summary(model, HEAD))
     step = vg.train_step(loss, tx, HEAD, grad_norms=True)
     # The new head has other shapes, so its moments start at zero.
     opt = state.optimizer.reselect(model, HEAD)
@@ -175,8 +176,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         model = fit(trainer, args.steps, checkpoint)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            pool.apply(resume, (args.seed, args.steps, checkpoint))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(resume, args.seed, args.steps, checkpoint).result()
         resumed = vg.load(checkpoint, make_model(10, jr.key(0)))
     plot(trainer, args.out)
     same = bool(eqx.tree_equal(model, resumed))

@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import equinox as eqx
@@ -189,15 +190,15 @@ def main():
         pretrained = load_pretrained(weights)
         difference = np.max(np.abs(predict(pretrained, images) - run_by_hand(weights, images)))
         model = adapt(pretrained, jr.key(args.seed + 1))
-        vg.summary(model, ADAPTERS)
+        print(vg.summary(model, ADAPTERS))
         step = vg.train_step(loss, TX, ADAPTERS)
         half = args.steps // 2
         state, losses = train(step, step.init(model), half, data, args.seed, "adapters")
         save_adapters(adapters, state)
         sizes = [file.stat().st_size for file in (weights, adapters)]
         state, others = train(step, state, args.steps, data, args.seed, "adapters")
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            pool.apply(resume, (args.seed, args.steps, weights, adapters))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(resume, args.seed, args.steps, weights, adapters).result()
         resumed, _ = load_adapters(adapters, model)
     same = bool(eqx.tree_equal(resumed, state.model))
     accuracies = {

@@ -55,7 +55,8 @@ def run(command, cwd):
 
 
 def test_all_are_here():
-    names = sorted(path.name for path in EXAMPLES.glob("*.py"))
+    # The front page of the site shows the quickstart, which is run with it.
+    names = sorted({path.name for path in EXAMPLES.glob("*.py")} - {"quickstart.py"})
     assert sorted({command.split()[0] for command in RIGHT}) == names
     assert sorted({command.split()[0] for command in WRONG}) == names
 

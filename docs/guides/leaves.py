@@ -45,7 +45,7 @@ first, last = pretrained.layers
 downs, ups = 0.1 * jr.normal(jr.key(1), (2, 4, 64)), (jnp.zeros((64, 4)), jnp.zeros((10, 4)))
 layers = Adapted(first, downs[0], ups[0]), Adapted(last, downs[1], ups[1])
 model = eqx.tree_at(lambda mlp: mlp.layers, pretrained, layers)
-vg.summary(model, "layers.*.{down,up}")
+print(vg.summary(model, "layers.*.{down,up}"))
 step = vg.train_step(loss, optax.adam(1e-2), "layers.*.{down,up}")
 state, losses = step.init(model), []
 for rows in np.random.default_rng(0).choice(1400, (400, 64)):
