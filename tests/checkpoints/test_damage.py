@@ -51,8 +51,10 @@ def make_large_tree():
 
 
 def test_large_arrays_are_read_by_several_threads(path):
-    tree = {name: np.frombuffer(data, "uint8") for name, data in make_large_tree().items()}
-    like = {name: np.zeros_like(array) for name, array in tree.items()}
+    tree: dict[str, Any] = {
+        name: np.frombuffer(data, "uint8") for name, data in make_large_tree().items()
+    }
+    like: dict[str, Any] = {name: np.zeros_like(array) for name, array in tree.items()}
     tree["jax"] = jnp.arange(3_000_000)
     like["jax"] = jnp.zeros_like(tree["jax"])
     vg.save(path, tree)
