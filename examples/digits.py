@@ -139,7 +139,7 @@ def main():
     args = parser.parse_args()
     model = make_model(jr.key(args.seed))
     print("What is trained after half of the steps:")
-    vg.summary(model, ~vg.path("layers.0"))
+    print(vg.summary(model, ~vg.path("layers.0")))
     data = load_data(args.seed)
     model, history = train(model, data, args.steps, args.seed)
     plot(history, args.steps // 2, args.out)

@@ -122,7 +122,7 @@ def fit(trainer, steps, checkpoint):
 
     head = make_model(10, jr.key(seed + 2)).layers[-1]
     model = eqx.tree_at(lambda model: model.layers[-1], state.model, head)
-    vg.summary(model, HEAD)
+    print(vg.summary(model, HEAD))
     step = vg.train_step(loss, tx, HEAD, grad_norms=True)
     # The new head has other shapes, so its moments start at zero.
     opt = state.optimizer.reselect(model, HEAD)

@@ -196,7 +196,7 @@ def main():
         pretrained = load_pretrained(weights)
         difference = np.max(np.abs(predict(pretrained, images) - run_by_hand(weights, images)))
         model = adapt(pretrained, jr.key(args.seed + 1))
-        vg.summary(model, ADAPTERS)
+        print(vg.summary(model, ADAPTERS))
         step = vg.train_step(loss, TX, ADAPTERS)
         half = args.steps // 2
         state, losses = train(step, step.init(model), half, data, args.seed, "adapters")
