@@ -17,6 +17,10 @@ hypothesis.settings.register_profile("jax", deadline=None, max_examples=25, dera
 hypothesis.settings.load_profile("jax")
 
 
+# Nobody imports it, not even to look for doctests.
+collect_ignore = ["typing/programs.py"]
+
+
 def pytest_addoption(parser):
     for mark in ("slow", "nightly"):
         parser.addoption(f"--{mark}", action="store_true", help=f"run the {mark} tests as well")
