@@ -86,7 +86,7 @@ def test_wrong_pictures(monkeypatch):
 
 
 def test_a_picture_of_many_paths_fits_on_a_page():
-    ax = vg.plot_grad_norms([{f"layers.{i}": 1.0 + i for i in range(1000)}])
+    ax: Any = vg.plot_grad_norms([{f"layers.{i}": 1.0 + i for i in range(1000)}])
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels[:3] == ["layers.0", "layers.16", "layers.32"]
     assert ax.figure.get_figheight() < 20

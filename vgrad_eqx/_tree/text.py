@@ -35,7 +35,7 @@ def show(value: object) -> str:
     return kind if text is None else text
 
 
-def print_on_one_line(value: object, **options: bool) -> str | None:
+def print_on_one_line(value: object, **options: Any) -> str | None:
     """As Equinox prints a value, or `None` if that is long."""
     try:
         if len(jtu.tree_leaves(value)) > _MOST_LEAVES:
