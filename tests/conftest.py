@@ -20,6 +20,10 @@ for profile, max_examples in {"quick": 10, "slow": 50}.items():
     )
 
 
+# Nobody imports it, not even to look for doctests.
+collect_ignore = ["typing/programs.py"]
+
+
 def pytest_addoption(parser):
     for mark in ("slow", "nightly"):
         parser.addoption(f"--{mark}", action="store_true", help=f"run the {mark} tests as well")

@@ -83,3 +83,12 @@ def test_wrong_pictures(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
     with pytest.raises(ImportError, match=r'needs matplotlib.*pip install "vgrad_eqx\[plot\]"'):
         vg.plot_grad_norms(HISTORY)
+
+
+def test_a_picture_of_many_paths_fits_on_a_page():
+    ax: Any = vg.plot_grad_norms([{f"layers.{i}": 1.0 + i for i in range(1000)}])
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels[:3] == ["layers.0", "layers.16", "layers.32"]
+    assert ax.figure.get_figheight() < 20
+    assert ax.images[0].get_extent()[2] == 999.5
+    plt.close(ax.figure)

@@ -163,9 +163,8 @@ def test_apply_updates_refuses_a_complex_update_of_a_real_leaf():
         vg.apply_updates(make_tree(), {"half": jnp.zeros(2, jnp.complex64)})
 
 
-def test_summary_lists_every_array_once(capsys):
-    vg.summary(make_tree(), "list")
-    lines = capsys.readouterr().out.splitlines()
+def test_summary_lists_every_array_once():
+    lines = str(vg.summary(make_tree(), "list")).splitlines()
     assert [line.split()[0] for line in lines] == [
         "path",
         "checked.weight",
@@ -185,9 +184,8 @@ def test_summary_lists_every_array_once(capsys):
     assert lines[-1] == "chosen: 4 of 12 parameters, in 2 of 4 arrays"
 
 
-def test_summary_of_a_large_and_of_an_empty_array(capsys):
-    vg.summary({"a": jnp.zeros((1000, 1200)), "b": jnp.zeros(0)}, "a")
-    out = capsys.readouterr().out
+def test_summary_of_a_large_and_of_an_empty_array():
+    out = str(vg.summary({"a": jnp.zeros((1000, 1200)), "b": jnp.zeros(0)}, "a"))
     assert "1,200,000  chosen" in out
     assert "        0  frozen" in out
 

@@ -364,10 +364,10 @@ def test_updates_of_a_pytree_refuse_states(update):
         update(make_layer(), {"weight": jnp.ones((2, 3))})
 
 
-def test_summary_shows_states(capsys):
+def test_summary_shows_states():
     tree = [vg.State({"n": jnp.zeros(2, "int8"), "w": jnp.zeros((2, 3), "bfloat16")})]
-    vg.summary([*tree, vg.State(jnp.zeros(1, "bfloat16"))], "0")
-    assert capsys.readouterr().out.splitlines() == [
+    table = vg.summary([*tree, vg.State(jnp.zeros(1, "bfloat16"))], "0")
+    assert str(table).splitlines() == [
         "path  shape   dtype     size",
         "0.n   (2,)    int8         2  not differentiable",
         "0.w   (2, 3)  bfloat16     6  chosen",

@@ -20,6 +20,7 @@ from .._select.grad_states import GradStates, parse_grad_states
 from .._tree import state
 from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
+from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import shard_like
 from .._tree.text import check_flag, name_shapes, shorten, show
 from .._tree.types import PyTree, Unit
@@ -72,7 +73,7 @@ _Q = ParamSpec("_Q")
 _Owner = TypeVar("_Owner")
 
 
-class GradientTransform(eqx.Module, Generic[_P]):
+class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
     """A function turned into its gradient, as [`vgrad_eqx.vector_grad`][] returns it.
 
     It is a pytree with the leaves of `func`, so it passes through `jax.jit`,
@@ -106,6 +107,11 @@ class GradientTransform(eqx.Module, Generic[_P]):
     check_states: bool = eqx.field(static=True)
     debug_nan: bool = eqx.field(static=True)
 
+    _inner = frozenset(
+        ["argnums", "check_states", "cotangent", "debug_nan", "grad_states", "has_aux"]
+        + ["operator", "return_value", "unit_aware", "wrapped"]
+    )
+
     @property
     def func(self) -> Callable[..., Any]:
         return self.wrapped.func if type(self.wrapped) is jtu.Partial else self.wrapped
@@ -136,6 +142,22 @@ class GradientTransform(eqx.Module, Generic[_P]):
         # The last thing that may fail.
         state.write_all([refs[key] for key in output.finals], output.finals.values())
         return results[0] if len(results) == 1 else tuple(results)
+
+    def __repr__(self) -> str:
+        states = self.grad_states
+        return write_call(
+            self.operator.name,
+            self.func,
+            grad_states=None if states is None else states.unflatten(states.entries),
+            argnums=self.argnums,
+            return_value=self.return_value or None,
+            has_aux=self.has_aux or None,
+            unit_aware=self.unit_aware or None,
+            check_states=None if self.check_states else False,
+            debug_nan=self.debug_nan or None,
+            cotangent=self.cotangent,
+            order=self.operator.power if self.operator.power > 1 else None,
+        )
 
     def _differentiate(self, flat_func: FlatFunction, refs: dict[int, jax.Ref]) -> Any:
         """The result of the rule. The states that `func` touches are put into `refs`."""

@@ -31,6 +31,7 @@ from .._tree.cache import Cache
 from .._tree.flat import is_any_traced, is_scalar, Rest, split_arrays
 from .._tree.missing import MISSING
 from .._tree.numpy_leaves import is_numpy, remember_types
+from .._tree.prompt import AtPrompt, write_call
 from .._tree.state import is_evaluating, is_reference
 from .._tree.text import show
 from .callbacks import ANY_CALLBACK, has_callback, raise_clear, wait
@@ -48,10 +49,13 @@ _Owner = TypeVar("_Owner")
 
 
 # A partial function, because Python calls one faster than any other object.
-class Jitted(ft.partial[_T], Generic[_P, _T]):
+class Jitted(AtPrompt, ft.partial[_T], Generic[_P, _T]):
     """A function that [`vgrad_eqx.jit`][] has compiled."""
 
+    _inner = frozenset({"args", "func", "keywords"})
+
     __name__: str
+    __qualname__: str
     lower: Callable[_P, Any]
 
     if TYPE_CHECKING:
@@ -65,6 +69,12 @@ class Jitted(ft.partial[_T], Generic[_P, _T]):
     def __get__(
         self: "Jitted[Concatenate[_Owner, _Q], _T]", instance: _Owner, owner: type
     ) -> Callable[_Q, _T]: ...
+
+    def __reduce__(self) -> Any:
+        return self.__qualname__  # it is found by its name, as functions are
+
+    def __repr__(self) -> str:
+        return write_call("jit", vars(self)["__wrapped__"])
 
     def __get__(self, instance: Any, owner: type) -> Any:
         return self if instance is None else types.MethodType(self, instance)

@@ -66,8 +66,9 @@ def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: "Axes | None" = No
 
     A layer whose gradients vanish is dark, one whose gradients explode is bright. Norms of
     exactly zero are blue, those that are not finite are red, and steps in which a path was
-    not trained are left blank. Paths are in natural order, `layers.2` before `layers.10`. It
-    needs matplotlib, which `pip install "vgrad_eqx[plot]"` brings.
+    not trained are left blank. Paths are in natural order, `layers.2` before `layers.10`; of
+    more than 64, only some have a label. It needs matplotlib, which
+    `pip install "vgrad_eqx[plot]"` brings.
 
     **Arguments:**
 
@@ -105,7 +106,8 @@ def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: "Axes | None" = No
         ) from error
     paths, norms, given = _arrange(history)
     if ax is None:
-        _, ax = plt.subplots(figsize=(8, 1 + 0.25 * len(paths)), layout="constrained")
+        height = 1 + 0.25 * min(len(paths), _MOST_LABELS)
+        _, ax = plt.subplots(figsize=(8, height), layout="constrained")
     regular = given & np.isfinite(norms) & (norms > 0)
     low, high = (norms[regular].min(), norms[regular].max()) if regular.any() else (1.0, 1.0)
     scale = colors.LogNorm(low, high if high > low else 2 * low)
@@ -116,10 +118,15 @@ def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: "Axes | None" = No
     for fault, color in [(norms == 0, "tab:blue"), (~np.isfinite(norms), "red")]:
         marked = np.where(given & fault, 1.0, np.nan)
         ax.imshow(marked, cmap=colors.ListedColormap([color]), **options)
-    ax.set_yticks(range(len(paths)), paths, fontsize="small")
+    labelled = range(0, len(paths), -(-len(paths) // _MOST_LABELS))
+    ax.set_yticks(labelled, [paths[i] for i in labelled], fontsize="small")
     ax.set_xlabel("step")
     ax.figure.colorbar(image, ax=ax, label="norm of the gradient (blue: 0, red: not finite)")
     return ax
+
+
+# With more rows, only some have a label, or a picture of 1 000 leaves would be six meters high.
+_MOST_LABELS = 64
 
 
 def _parse_history(history: Any) -> list[Mapping[str, Any]]:

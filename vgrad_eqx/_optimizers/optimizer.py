@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from .._select.selectors import as_selector, select, SelectorLike
 from .._select.states import add
 from .._tree.flat import FlatTree, replace_at
+from .._tree.prompt import AtPrompt, write_call
 from .._tree.text import near_misses, quote, shorten, show
 from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
@@ -38,7 +39,7 @@ _T = TypeVar("_T")
 _O = TypeVar("_O", bound="Optimizer")
 
 
-class Optimizer(eqx.Module):
+class Optimizer(AtPrompt, eqx.Module):
     """An optax transformation that updates the chosen leaves of a module.
 
     It is immutable, and a pytree that holds the state of the transformation, so it passes
@@ -57,8 +58,9 @@ class Optimizer(eqx.Module):
     **Returns:**
 
     An optimizer. It has the `opt_state` of optax (with groups, a dict from the text of the
-    selector to the state of its group), the `count` of its steps, an `int32` scalar, and the
-    methods `step`, `params`, `reselect` and `set_hyperparams`.
+    selector to the state of its group), the `count` of its steps, an `int32` scalar, the
+    `hyperparams` that `optax.inject_hyperparams` keeps, and the methods `step`, `params`,
+    `reselect` and `set_hyperparams`.
 
     **Raises:**
 
@@ -100,6 +102,12 @@ class Optimizer(eqx.Module):
             self.opt_state = strengthen(_find_transformation(self).init(params))
         _check_units(self.opt_state, params)
         self.count = jnp.zeros((), jnp.int32)
+
+    _inner = frozenset({"advance", "entries", "groups", "names", "tx"})
+
+    def __repr__(self) -> str:
+        groups = {label: len(names) for label, names in self.groups or ()}
+        return write_call("Optimizer", count=self.count, leaves=groups or len(self.names))
 
     @property
     def entries(self) -> list[Entry]:

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from .._references.overlay import call_with
 from .._references.values import StateValues
 from .._select.grad_states import parse_grad_states
+from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import spread
 from .._tree.state import State, write
 from .._tree.text import show
@@ -21,7 +22,7 @@ from .optimizer import advance, check_structure, Optimizer
 from .partition import map_extra_args, TxLike
 
 
-class StateOptimizer(eqx.Module):
+class StateOptimizer(AtPrompt, eqx.Module):
     """An optax transformation that updates states by reference, in place.
 
     The twin of [`vgrad_eqx.Optimizer`][]. It keeps the state of the transformation in a
@@ -36,8 +37,9 @@ class StateOptimizer(eqx.Module):
 
     **Returns:**
 
-    An optimizer. It has the `opt_state` of optax, the `count` of its steps, and the methods
-    `step`, `params` and `set_hyperparams`.
+    An optimizer. It has the `opt_state` of optax, the `count` of its steps, the `hyperparams`
+    that `optax.inject_hyperparams` keeps, and the methods `step`, `params` and
+    `set_hyperparams`.
 
     **Raises:**
 
@@ -75,6 +77,11 @@ class StateOptimizer(eqx.Module):
         arrays, structure = jtu.tree_flatten(optimizer)
         optimizer = jtu.tree_unflatten(structure, spread(arrays, values.diff))
         self.memory = State(optimizer, "the memory of an optimizer")
+
+    _inner = frozenset({"find_values", "memory", "states"})
+
+    def __repr__(self) -> str:
+        return write_call("StateOptimizer", self.states)
 
     @property
     def opt_state(self) -> Any:

@@ -15,14 +15,20 @@ import numpy as np
 
 from .._tree.flat import FlatTree, replace_at
 from .._tree.numpy_leaves import as_given
+from .._tree.prompt import AtPrompt
 from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import split_unit
 from .glob import compile_glob
 
 
-class Selector(abc.ABC):
+class Selector(AtPrompt, abc.ABC):
     """Says which leaves of a pytree are meant. Combines with `&`, `|` and `~`."""
+
+    _inner = frozenset(
+        ["combine", "entries", "glob", "indices", "mask", "node_type"]
+        + ["predicate", "selectors", "structure", "where"]
+    )
 
     @abc.abstractmethod
     def mask(self, flat: FlatTree) -> Sequence[bool]:
@@ -137,7 +143,7 @@ class At(Selector):
         return [id(leaf) in chosen for leaf in leaves]
 
     def __repr__(self) -> str:
-        return f"at({show(self.where).strip('`')})"
+        return f"at({_name_function(self.where)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +157,11 @@ class Leaf(Selector):
         return mask
 
     def __repr__(self) -> str:
-        return f"leaf({show(self.predicate).strip('`')})"
+        return f"leaf({_name_function(self.predicate)})"
+
+
+def _name_function(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", type(func).__name__)
 
 
 def _ask(predicate: Callable[[Any], Any], leaf: object) -> bool:
@@ -172,6 +182,9 @@ class Indices(Selector):
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         return [i in self.indices for i in range(len(flat.leaves))]
+
+    def __repr__(self) -> str:
+        return f"{len(self.indices):,} leaves"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +217,8 @@ class _Spec(Selector):
     def __repr__(self) -> str:
         if len(self.entries) == 1 and jtu.treedef_is_leaf(self.structure):
             return show(self.entries[0])
+        if self.entries == (True,):
+            return "True"
         return f"a filter spec of {len(self.entries)} entries"
 
 

@@ -21,6 +21,7 @@ from .._optimizers.optimizer import check_structure, Optimizer
 from .._select.selectors import Indices
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
+from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import constrain, find_sharding, spread
 from .._tree.state import State, write
 from .._tree.text import show
@@ -35,8 +36,8 @@ from .packing import Packing
 
 # Made once a step: a named tuple would take twice as long.
 @jtu.register_dataclass
-@dataclasses.dataclass(slots=True)
-class Metrics:
+@dataclasses.dataclass(slots=True, repr=False)
+class Metrics(AtPrompt):
     """What a step of [`vgrad_eqx.train_step`][] returns beside the next state.
 
     **Arguments:**
@@ -66,6 +67,9 @@ class Metrics:
     value: Any
     aux: Any
     grad_norms: Any
+
+    def __repr__(self) -> str:
+        return write_call("Metrics", value=self.value, aux=self.aux, grad_norms=self.grad_norms)
 
 
 class Options(NamedTuple):

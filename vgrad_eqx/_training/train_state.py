@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from .._optimizers.optimizer import Optimizer
 from .._tree.flat import is_any_traced
+from .._tree.prompt import AtPrompt, write_call
 from .._tree.types import PyTree
 from .flat_step import CONCRETE, FlatStep
 from .interrupts import hold, release
@@ -19,7 +20,7 @@ from .interrupts import hold, release
 _M = TypeVar("_M", covariant=True)
 
 
-class TrainState(Generic[_M]):
+class TrainState(AtPrompt, Generic[_M]):
     """Model, optimizer and key between two steps of [`vgrad_eqx.train_step`][].
 
     It holds flat arrays, which each step takes over: a state is used once, and the step
@@ -65,6 +66,11 @@ class TrainState(Generic[_M]):
 
     # Few, because setting each takes a share of the time of a step.
     __slots__ = ("_is_rebuilt", "_model", "count", "leaves", "training")
+
+    _inner = frozenset(
+        ["begin", "check", "flat_step", "from_tree", "frozen", "history", "is_donated"]
+        + ["leaves", "take_over", "to_tree"]
+    )
 
     def __init__(
         self, training: "Training", leaves: Sequence[jax.Array], count: int | jax.Array
@@ -208,7 +214,7 @@ class TrainState(Generic[_M]):
     def __repr__(self) -> str:
         if self.is_donated:
             return "TrainState(donated)"
-        return f"TrainState(count={self.count}, arrays={len(self.leaves)})"
+        return write_call("TrainState", count=self.count, arrays=len(self.leaves))
 
 
 @dataclasses.dataclass(slots=True, eq=False)

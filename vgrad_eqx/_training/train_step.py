@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools as ft
+import inspect
 import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
 from itertools import starmap
-from typing import Any, cast, overload, Protocol, runtime_checkable, TypeVar
+from typing import Any, cast, overload, TypeVar
 
 import equinox as eqx
 import jax
@@ -22,6 +24,7 @@ from .._select.grad_states import GradStates, GradStatesLike, parse_grad_states
 from .._select.selectors import select
 from .._tree.cache import Cache
 from .._tree.flat import FlatTree
+from .._tree.prompt import write_call
 from .._tree.state import is_reference
 from .._tree.text import check_flag, show
 from .._tree.types import PyTree
@@ -34,8 +37,12 @@ from .train_state import Training, TrainState
 _M = TypeVar("_M")
 
 
-@runtime_checkable
-class TrainStep(Protocol):
+class _OfTrainer(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(getattr(instance, "__self__", None), _Trainer)
+
+
+class TrainStep(metaclass=_OfTrainer):
     """A compiled training step, as [`vgrad_eqx.train_step`][] returns it.
 
     **Arguments:**
@@ -157,6 +164,24 @@ class _Trainer:
 
     def __reduce__(self) -> Any:
         return _Trainer, (self._options, self._grad_states)
+
+    def __deepcopy__(self, memo: object) -> "_Trainer":
+        return self  # whose states are known by it
+
+    def __repr__(self) -> str:
+        options, states = self._options._asdict(), self._grad_states
+        options["grad_states"] = states.unflatten(states.entries)
+        parameters = inspect.signature(train_step).parameters
+        chosen = {
+            name: value
+            for name, value in options.items()
+            if name not in ("func", "tx") and repr(value) != repr(parameters[name].default)
+        }
+        return write_call("train_step", self._options.func, **chosen)
+
+    @property
+    def step(self) -> TrainStep:
+        return _make_step(self)
 
     def init(
         self,
@@ -288,10 +313,10 @@ class _Trainer:
 
 
 def _make_step(trainer: _Trainer) -> TrainStep:
-    # A function, because Python handles Ctrl-C when an object has been called, and nothing has
-    # stored its result yet; but not when a function has been.
+    # A method, which shows the options, because Python handles Ctrl-C when any other object has
+    # been called, and nothing has stored its result yet; but not when a method has been.
     def step(
-        state: TrainState, /, *batch: PyTree, **kwargs: object
+        trainer: _Trainer, state: TrainState, /, *batch: PyTree, **kwargs: object
     ) -> tuple[TrainState, Metrics]:
         if type(state) is not TrainState or state.training.flat_step.owner is not trainer:
             trainer.check(state)
@@ -316,11 +341,12 @@ def _make_step(trainer: _Trainer) -> TrainStep:
         except BaseException as error:
             _recover(state, leaves, error)
             raise
-        return step(extended, *batch, **kwargs)
+        return step(trainer, extended, *batch, **kwargs)
 
     step.__doc__ = TrainStep.__call__.__doc__
     vars(step).update(init=trainer.init, lower=trainer.lower)
-    return cast(TrainStep, step)
+    step.__qualname__ = "TrainStep"
+    return cast(TrainStep, types.MethodType(step, trainer))
 
 
 def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
@@ -489,7 +515,7 @@ def train_step(
         keep_every,
         extra_args,
     )
-    return _make_step(_Trainer(options, parsed))
+    return _Trainer(options, parsed).step
 
 
 def _is_same(optimizer: StateOptimizer, states: PyTree) -> bool:

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from .cache import is_equal
 from .flat import FlatTree, Split
+from .prompt import AtPrompt, brief
 from .text import show
 from .types import PyTree
 from .units import find_factor, scale_number, split_unit
@@ -29,7 +30,7 @@ from .units import find_factor, scale_number, split_unit
 _T = TypeVar("_T")
 
 
-class State(Generic[_T]):
+class State(AtPrompt, Generic[_T]):
     """A named reference to a value, which a function may read and set.
 
     Functions share a state by closing over it. Compiled functions read its current value at
@@ -83,6 +84,8 @@ class State(Generic[_T]):
     """
 
     __slots__ = ("__weakref__", "content", "name", "stand_ins")
+
+    _inner = frozenset({"content", "refs", "stand_ins"})
 
     def __init__(self, value: _T, name: str | None = None):
         if isinstance(value, bool | int | float | complex):
@@ -147,7 +150,7 @@ class State(Generic[_T]):
 
     def _describe(self) -> str:
         shapes = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in self.refs]
-        return eqx.tree_pformat(self.content.rest.combine(shapes), struct_as_array=True)
+        return brief(self.content.rest.combine(shapes))
 
     def __reduce__(self) -> Any:
         # The attributes of a subclass, in the form that `copy` and `pickle` take.

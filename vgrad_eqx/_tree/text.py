@@ -31,13 +31,19 @@ def show(value: object) -> str:
     name = getattr(value, "__name__", None)
     if isinstance(name, str) and callable(value):
         return f"`{name}`"
+    text = print_on_one_line(value)
+    return kind if text is None else text
+
+
+def print_on_one_line(value: object, **options: Any) -> str | None:
+    """As Equinox prints a value, or `None` if that is long."""
     try:
         if len(jtu.tree_leaves(value)) > _MOST_LEAVES:
-            return kind
-        text = " ".join(eqx.tree_pformat(value, width=10_000).split())
+            return None
+        text = " ".join(eqx.tree_pformat(value, width=10_000, **options).split())
     except Exception:  # of a class of the user
-        return kind
-    return kind if len(text) > _MOST_CHARACTERS or " at 0x" in text else text
+        return None
+    return None if len(text) > _MOST_CHARACTERS or " at 0x" in text else text
 
 
 def quote(name: str, mark: str = "`") -> str:
