@@ -10,7 +10,7 @@ import jax
 import jax.tree_util as jtu
 
 from .._training.train_state import TrainState
-from .._tree.flat import FlatTree
+from .._tree.flat import FlatTree, refuse_endless
 from .._tree.state import read, State, write
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
@@ -68,6 +68,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         >>> loaded["w"].tolist(), loaded["epoch"]
         ([1.0, 2.0], 3)
     """
+    refuse_endless(tree)
     refuse_foreign(tree, "save(tree=...)")
     target = check_path(path, "save(path=...)")
     items = _list_items(FlatTree(_expand(tree)), "save(tree=...)")
@@ -152,6 +153,7 @@ def load(
         ValueError: `load(like=...)` must be like the checkpoint. There is float32[] in s at \
 `tau`, and float32[] in ms in the file. Pass `strict=False` to load what fits.
     """
+    refuse_endless(like)
     flat = FlatTree(_expand(like))
     items = _list_items(flat, "load(like=...)")
     check_rename(rename, items)
