@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree, refuse_endless
 from .._tree.state import read, State, write
+from .._tree.text import check_flag, quote
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
 from .differences import check_rename, Differences, offer_rename
@@ -153,7 +154,10 @@ def load(
         ValueError: `load(like=...)` must be like the checkpoint. There is float32[] in s at \
 `tau`, and float32[] in ms in the file. Pass `strict=False` to load what fits.
     """
+    check_flag(strict, "load(strict=...)")
+    check_flag(cast, "load(cast=...)")
     refuse_endless(like)
+    refuse_foreign(like, "load(like=...)")
     flat = FlatTree(_expand(like))
     items = _list_items(flat, "load(like=...)")
     check_rename(rename, items)
@@ -266,7 +270,8 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
         for each, array in inner.items():
             if obstacle := find_obstacle(array):
                 raise TypeError(
-                    f"`{caller}` must hold what can be saved. Got, at `{each}`, {obstacle}."
+                    f"`{caller}` must hold what can be saved. Got, at {quote(each)}, "
+                    f"{obstacle}."
                 )
             if not is_saved(array):
                 continue

@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 from .cache import is_equal
 from .flat import FlatTree, Split
 from .text import show
-from .units import find_factor, scale_number, split_unit
+from .units import find_factor, refuse_foreign, scale_number, split_unit
 
 
 class State:
@@ -79,6 +79,9 @@ class State:
         if isinstance(value, bool | int | float | complex):
             value = np.asarray(value)
         flat = FlatTree(value)
+        refuse_foreign(
+            flat.leaves, "State(value=...)"
+        )  # those that are pytrees keep their unit
         arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
         if not arrays.diff:
             raise TypeError(f"`State(value=...)` must hold an array. Got {show(value)}.")
