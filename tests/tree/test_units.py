@@ -1,6 +1,7 @@
 """Quantities of other libraries are refused by name, because their units would be lost."""
 
 import importlib
+from typing import Any
 
 import brainunit as u
 import equinox as eqx
@@ -101,11 +102,13 @@ def test_refused_in_the_arguments_that_are_not_differentiated(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_refused_beside_units_of_brainunit(kind):
-    q, x = make(kind), jnp.ones(()) * u.ms
+    q: Any = make(kind)
+    x: Any = jnp.ones(()) * u.ms
     with pytest.raises(TypeError, match=rf"`unitful\(scale=...\)` {MATCH}"):
         vg.unitful(optax.sgd(0.1), scale={"x": q})
+    params: Any = {"x": x, "q": q}
     with pytest.raises(TypeError, match=rf"init\(params=...\)` {MATCH}"):
-        vg.unitful(optax.sgd(0.1)).init({"x": x, "q": q})
+        vg.unitful(optax.sgd(0.1)).init(params)
     with pytest.raises(TypeError, match=rf"`vector_grad\(cotangent=...\)` {MATCH}"):
         vg.vector_grad(lambda x: x**2, unit_aware=True, cotangent=q)(x)
 
