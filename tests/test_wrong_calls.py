@@ -3,13 +3,19 @@
 The table is made by kind: each argument of the interface, with values that it cannot be.
 """
 
+import atexit
 import functools as ft
+import os
 import pathlib
+import shutil
+import tempfile
 import traceback
 from typing import Any
 
 import brainunit as u
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import vgrad_eqx as vg
@@ -340,7 +346,83 @@ def list_training() -> Rows:
     return rows
 
 
+class Opaque:
+    """It holds an array, and is no pytree."""
+
+    def __init__(self):
+        self.array = ONES
+
+
+def list_checkpoints() -> Rows:
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    path = os.path.join(folder, "checkpoint")
+    vg.save(path, {"a": ONES})
+    no_path = {k: v for k, v in NO_STRING.items() if k != "bytes"} | pick("none")
+    not_saved = {
+        "object": Opaque(),
+        "strings": np.array(["a"]),
+        "masked": np.ma.masked_array([1.0], [True]),
+        "structured": np.zeros(2, [("x", "f4")]),
+    }
+    rows: Rows = {}
+    for name, call in {
+        "save": lambda x: vg.save(x, {"a": ONES}),
+        "load": lambda x: vg.load(x, {"a": ONES}),
+    }.items():
+        rows[f"{name}.path"] = call, no_path, f"`{name}(path=...)` must be a path"
+        rows[f"{name} to nothing"] = call, {"empty": ""}, "must be the path of a file"
+    rows["save.tree"] = (
+        lambda x: vg.save(os.path.join(folder, "never"), x),
+        pick("str", "none", "odd", "tuple", "type", "func"),
+        "`save(tree=...)` must hold an array or a number",
+    )
+    for name, call in {
+        "save(tree=...)": lambda x: vg.save(os.path.join(folder, "never"), {"w": x}),
+        "load(like=...)": lambda x: vg.load(path, {"w": x}),
+    }.items():
+        rows[f"{name} of what is not saved"] = (
+            call,
+            not_saved,
+            f"`{name}` must hold what can be saved. Got, at `w`",
+        )
+    rows["save of a shape"] = (
+        lambda x: vg.save(os.path.join(folder, "never"), {"w": x}),
+        {"shape": jax.ShapeDtypeStruct((2,), "float32")},
+        "Such a tree is for `load(like=...)`",
+    )
+    others = {"longer": {"a": jnp.ones(3)}, "dtype": {"a": jnp.ones(2, int)}, "unit": {"a": Q}}
+    rows["load.like"] = (
+        lambda x: vg.load(path, x),
+        pick("int", "none", "array", "model", "long", "list") | others,
+        "`load(like=...)` must be like the checkpoint",
+    )
+    rows["load.rename"] = (
+        lambda x: vg.load(path, {"a": ONES}, rename=x),
+        pick("int", "str", "array", "list", "bool"),
+        "`load(rename=...)` must be a dict from paths in `like`",
+    )
+    rows["load.rename to no name"] = (
+        lambda x: vg.load(path, {"a": ONES}, rename=lambda _: x),
+        pick("int", "none", "array", "list"),
+        "`load(rename=...)` must give the name of an array",
+    )
+    rows["load.rename of no path"] = (
+        lambda x: vg.load(path, {"a": ONES}, rename={x: "a"}),
+        {"typo": "aa", "int": 3},
+        "`load(rename=...)` must have paths of arrays",
+    )
+    for flag in ("strict", "cast"):
+        rows[f"load.{flag}"] = (
+            lambda x, flag=flag: vg.load(path, {"a": ONES}, **{flag: x}),
+            NO_FLAG | pick("none"),
+            f"`load({flag}=...)` must be True or False",
+        )
+    return rows
+
+
 ROWS = list_operators() | list_selecting() | list_values() | list_training()
+ROWS |= list_checkpoints()
 CASES = {
     f"{name}-{kind}": (call, value, words)
     for name, (call, values, words) in ROWS.items()

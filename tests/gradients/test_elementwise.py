@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 import pytest
 import vgrad_eqx as vg
 from vgrad_eqx._gradients.elementwise import _Elementwise
@@ -92,80 +91,6 @@ def test_random_mixing_functions_are_refused(seed):
             ValueError, match=r"depends on other elements of `args\[0\]`, first"
         ):
             vg.elementwise_grad(func)(draw_point(generator))
-
-
-ACTIVATIONS = [
-    *(jnp.tanh, jnp.sin, jax.nn.gelu, jax.nn.silu, jax.nn.softplus, jax.nn.sigmoid, jax.nn.elu),
-    *(jax.nn.selu, jax.nn.mish, jax.nn.log_sigmoid, lambda x: jnp.exp(-(x**2)), jax.nn.relu),
-]
-DTYPES = {"float32": 1e-4, "bfloat16": 0.08, "float16": 0.01}
-DTYPES |= {"float64": 1e-4} if jax.config.read("jax_enable_x64") else {}
-WAYS = {
-    "eager": lambda loss, _: loss,
-    "compiled": lambda loss, _: eqx.filter_jit(loss),
-    "compiled gradient": lambda loss, _: eqx.filter_jit(eqx.filter_grad(loss)),
-    "train_step": lambda loss, net: take_step(loss, net),
-    "gradient by vg.jit": lambda loss, _: vg.jit(vg.grad(loss, "**", check_states=False)),
-}
-
-
-def take_step(loss, net):
-    step = vg.train_step(loss, optax.sgd(0.1), check_states=False)
-    return lambda net: jax.tree.leaves(step(step.init(net))[0].model)
-
-
-def run_drawn(generator, mixing):
-    """A loss of the derivative of a drawn network over a batch, in a drawn way."""
-    dtype = generator.choice(list(DTYPES))
-    order, width, depth = map(int, generator.integers((1, 2, 1), (5, 17, 3)))
-    size = int(generator.choice([16, 77, 256]))
-    # JAX leaves out the second derivative of a relu, and with it the check, from a gradient.
-    activations = ACTIVATIONS if mixing is None else ACTIVATIONS[:-1]
-    activation = activations[generator.integers(len(activations))]
-    key = jr.key(int(generator.integers(2**30)))
-    net = eqx.nn.MLP(2, "scalar", width, depth, activation, key=key, dtype=dtype)
-    t, x = (jnp.asarray(generator.normal(size=size), dtype) for _ in range(2))
-    i, j = generator.choice(size, 2, replace=False)
-
-    def loss(net):
-        def func(x):
-            y = jax.vmap(lambda t, x: net(jnp.stack([t, x])))(t, x)
-            return y if mixing is None else mixing(y, x, i, j, DTYPES[dtype])
-
-        derivative = vg.elementwise_grad(func, order=order, check_states=False)(x)
-        return jnp.mean(derivative.astype(float) ** 2)
-
-    # A training step that fails says so after its state is gone.
-    way = generator.choice([way for way in WAYS if mixing is None or way != "train_step"])
-    return jax.block_until_ready(jax.tree.leaves(WAYS[way](loss, net)(net)))
-
-
-def mix_a_pair(y, x, i, j, much):
-    """One output depends on another element, by a part of its largest derivative."""
-    own = jax.lax.stop_gradient(jnp.abs(y[i]) + 1)
-    return y.at[i].set((own * (x[i] + much * x[j])).astype(y.dtype))
-
-
-# Numbers of networks of the study, by seeds: some in CI, and all of 10 000 for a release.
-SEEDS = [
-    *[pytest.param(seed, marks=pytest.mark.slow) for seed in range(3)],
-    *[pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 1000)],
-]
-
-
-@pytest.mark.parametrize("seed", [pytest.param(-1), *SEEDS])
-def test_no_false_alarm_for_drawn_networks(seed):
-    generator = np.random.default_rng(seed + 1)
-    for _ in range(10 if seed >= 0 else 3):
-        run_drawn(generator, None)
-
-
-@pytest.mark.parametrize("seed", [pytest.param(-1), *SEEDS])
-def test_no_mixing_is_missed_in_drawn_networks(seed):
-    generator = np.random.default_rng(seed + 1)
-    for _ in range(10 if seed >= 0 else 3):
-        with pytest.raises(Exception, match="depends on other elements of `args"):
-            run_drawn(generator, mix_a_pair)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -113,11 +113,60 @@ def make_cyclic_dict():
     return tree
 
 
-@pytest.mark.parametrize("make", [make_cyclic_list, make_cyclic_dict])
-def test_a_container_that_holds_itself_is_refused(make):
-    for call in (vg.states, vg.summary, vg.grad_norms, vg.grad(len, "**"), vg.grad(len)):
-        with pytest.raises(ValueError, match="must not hold itself"):
-            call(make())
+class Tree(eqx.Module):
+    w: jax.Array
+    children: list[Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Node:
+    w: jax.Array
+    parent: Any
+
+
+def make_cyclic_module():
+    tree = Tree(ONES, [])
+    tree.children.append({"root": tree})
+    return tree
+
+
+def make_cyclic_node():
+    node = Node(ONES, None)
+    node.parent = (ONES, Tree(ONES, [node]))
+    return node
+
+
+def use_sgd(tree):
+    return vg.Optimizer(optax.sgd(0.1), tree)
+
+
+CYCLIC = [make_cyclic_list, make_cyclic_dict, make_cyclic_module, make_cyclic_node]
+CALLS = {
+    **{name: getattr(vg, name) for name in ("states", "summary", "grad_norms", "State")},
+    "grad by a selector": vg.grad(len, "**"),
+    "grad": vg.grad(len),
+    "jit": vg.jit(len),
+    "jit of a function": lambda tree: vg.jit(jax.tree_util.Partial(len, tree))(),
+    "in a dict": lambda tree: vg.states({"model": tree}),
+    "save": lambda tree: vg.save("never written", tree),
+    "load": lambda tree: vg.load("never read", tree),
+    "Optimizer": use_sgd,
+    "train_step": lambda tree: vg.train_step(len, optax.sgd(0.1)).init(tree),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("make", CYCLIC)
+def test_what_holds_itself_is_refused(make, call):
+    with pytest.raises(ValueError, match="must not hold itself"):
+        call(make())
+
+
+def test_what_is_shared_does_not_hold_itself():
+    shared = [ONES]
+    tree = {"a": shared, "b": [shared, Tree(ONES, shared)]}
+    assert list(vg.states(tree)) == ["a.0", "b.0.0", "b.1.children.0", "b.1.w"]
 
 
 def test_a_hundred_levels():

@@ -1,6 +1,7 @@
 """Quantities of other libraries are refused by name, because their units would be lost."""
 
 import importlib
+from typing import Any
 
 import brainunit as u
 import equinox as eqx
@@ -32,6 +33,22 @@ class Quantity(np.ndarray):
     unit = "km"
 
 
+class PlainQuantity:
+    """Like that of pint."""
+
+    units = "km"
+
+    def __init__(self, magnitude):
+        self.magnitude = magnitude
+
+    def __pow__(self, power):
+        return self
+
+
+def make_pint():
+    return importlib.import_module("pint").UnitRegistry().Quantity(np.array(2.0), "km")
+
+
 def make_unxt():
     return importlib.import_module("unxt").Quantity(jnp.array(2.0), "km")
 
@@ -41,17 +58,19 @@ def make_astropy():
 
 
 def make(kind):
-    if kind in ("unxt", "astropy"):
+    if not kind.startswith("like"):
         pytest.importorskip(kind)
     return {
         "like unxt": lambda: Length(jnp.array(2.0), "km"),
         "like astropy": lambda: np.array([2.0]).view(Quantity),
+        "like pint": lambda: PlainQuantity(np.array(2.0)),
+        "pint": make_pint,
         "unxt": make_unxt,
         "astropy": make_astropy,
     }[kind]()
 
 
-KINDS = ["like unxt", "like astropy", "unxt", "astropy"]
+KINDS = ["like unxt", "like astropy", "like pint", "unxt", "astropy", "pint"]
 MATCH = "knows the units of brainunit alone. Got a `.*` of `.*`. Pass its number"
 
 
@@ -74,9 +93,39 @@ def test_refused_in_the_state_tree_and_in_the_output(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_refused_in_the_arguments_that_are_not_differentiated(kind):
+    with pytest.raises(TypeError, match=MATCH):
+        vg.vector_grad(lambda x, q: x, unit_aware=True)(jnp.ones(2), make(kind))
+    with pytest.raises(TypeError, match=MATCH):
+        vg.vector_grad(lambda x, q: x, unit_aware=True)(jnp.ones(2), q=[make(kind)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refused_beside_units_of_brainunit(kind):
+    q: Any = make(kind)
+    x: Any = jnp.ones(()) * u.ms
+    with pytest.raises(TypeError, match=rf"`unitful\(scale=...\)` {MATCH}"):
+        vg.unitful(optax.sgd(0.1), scale={"x": q})
+    params: Any = {"x": x, "q": q}
+    with pytest.raises(TypeError, match=rf"init\(params=...\)` {MATCH}"):
+        vg.unitful(optax.sgd(0.1)).init(params)
+    with pytest.raises(TypeError, match=rf"`vector_grad\(cotangent=...\)` {MATCH}"):
+        vg.vector_grad(lambda x: x**2, unit_aware=True, cotangent=q)(x)
+
+
+def test_a_state_keeps_the_unit_or_refuses():
+    kept = vg.State(Length(jnp.array(2.0), "km")).value
+    assert (kept.unit, float(kept.value)) == ("km", 2.0)
+    with pytest.raises(TypeError, match=rf"`State\(value=...\)` {MATCH}"):
+        vg.State({"q": make("like astropy")})
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_refused_in_a_checkpoint(kind, tmp_path):
     with pytest.raises(TypeError, match=rf"`save\(tree=...\)` {MATCH}"):
         vg.save(tmp_path / "checkpoint", {"q": make(kind)})
+    with pytest.raises(TypeError, match=rf"`load\(like=...\)` {MATCH}"):
+        vg.load(tmp_path / "checkpoint", {"q": make(kind)})
     assert not list(tmp_path.iterdir())
 
 

@@ -10,8 +10,9 @@ import jax
 import jax.tree_util as jtu
 
 from .._training.train_state import TrainState
-from .._tree.flat import FlatTree
+from .._tree.flat import FlatTree, refuse_endless
 from .._tree.state import read, refuse_brainstate, State, write
+from .._tree.text import check_flag, quote
 from .._tree.types import PyTree
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
@@ -69,6 +70,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         >>> loaded["w"].tolist(), loaded["epoch"]
         ([1.0, 2.0], 3)
     """
+    refuse_endless(tree)
     refuse_foreign(tree, "save(tree=...)")
     target = check_path(path, "save(path=...)")
     items = _list_items(FlatTree(_expand(tree)), "save(tree=...)")
@@ -153,6 +155,10 @@ def load(
         ValueError: `load(like=...)` must be like the checkpoint. There is float32[] in s at \
 `tau`, and float32[] in ms in the file. Pass `strict=False` to load what fits.
     """
+    check_flag(strict, "load(strict=...)")
+    check_flag(cast, "load(cast=...)")
+    refuse_endless(like)
+    refuse_foreign(like, "load(like=...)")
     flat = FlatTree(_expand(like))
     items = _list_items(flat, "load(like=...)")
     check_rename(rename, items)
@@ -266,7 +272,8 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
         for each, array in inner.items():
             if obstacle := find_obstacle(array):
                 raise TypeError(
-                    f"`{caller}` must hold what can be saved. Got, at `{each}`, {obstacle}."
+                    f"`{caller}` must hold what can be saved. Got, at {quote(each)}, "
+                    f"{obstacle}."
                 )
             if not is_saved(array):
                 continue

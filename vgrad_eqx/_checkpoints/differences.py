@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .._tree.text import shorten
+from .._tree.text import quote, shorten, show
 from .leaves import Entry
 from .sources import Shards, Source
 
@@ -41,9 +41,9 @@ class Differences:
             if fits or (cast and is_castable):
                 self.fitting[file_name].append(name)
             else:
-                where = "" if name == file_name else f" at `{file_name}`"
+                where = "" if name == file_name else f" at {quote(file_name)}"
                 self._others.append(
-                    f"{wanted[name]} at `{name}`, and {entry}{where} in the file"
+                    f"{wanted[name]} at {quote(name)}, and {entry}{where} in the file"
                 )
                 self._castable |= is_castable
         taken = set(names.values())
@@ -54,12 +54,12 @@ class Differences:
 
     def __str__(self) -> str:
         left_over = [
-            f"nothing at `{name}`, and {entry} in the file"
+            f"nothing at {quote(name)}, and {entry} in the file"
             for name, entry in self._left_over.items()
         ]
         missing = [
-            f"{entry} at `{name}`, and nothing in the file"
-            + ("" if name == file_name else f" at `{file_name}`")
+            f"{entry} at {quote(name)}, and nothing in the file"
+            + ("" if name == file_name else f" at {quote(file_name)}")
             + self._name_nearest(file_name)
             for name, file_name, entry in self._missing[:_MOST]
         ]
@@ -69,7 +69,7 @@ class Differences:
 
     def _name_nearest(self, file_name: str) -> str:
         nearest = find_nearest(file_name, self._left_over)
-        return f" (nearest: {', '.join(f'`{name}`' for name in nearest)})" if nearest else ""
+        return f" (nearest: {', '.join(map(quote, nearest))})" if nearest else ""
 
     @property
     def hint(self) -> str:
@@ -91,9 +91,9 @@ def _rename(name: str, rename: Rename) -> str:
     file_name = rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
     if not isinstance(file_name, str):
         raise TypeError(
-            f"`load(rename=...)` must give the name of an array in the file. Got {file_name!r} "
-            f"for `{name}`. Give a name that is not there, with `strict=False`, for what is to "
-            "stay as it is."
+            "`load(rename=...)` must give the name of an array in the file. Got "
+            f"{show(file_name)} for {quote(name)}. Give a name that is not there, with "
+            "`strict=False`, for what is to stay as it is."
         )
     return file_name
 
@@ -103,11 +103,11 @@ def check_rename(rename: object, names: Mapping[str, Any]) -> None:
     if not (rename is None or callable(rename) or isinstance(rename, Mapping)):
         raise TypeError(
             "`load(rename=...)` must be a dict from paths in `like` to names in the file, or a "
-            f"function of a path. Got {rename!r}."
+            f"function of a path. Got {show(rename)}."
         )
     for name in rename if isinstance(rename, Mapping) else ():
         if name not in names:
-            nearest = [f"`{each}`" for each in find_nearest(str(name), names)]
+            nearest = list(map(quote, find_nearest(str(name), names)))
             near = f" Its nearest paths are {', '.join(nearest)}." if nearest else ""
             raise ValueError(
                 f"`load(rename=...)` must have paths of arrays in `like`. Got {name!r}.{near}"
@@ -117,7 +117,7 @@ def check_rename(rename: object, names: Mapping[str, Any]) -> None:
 def offer_rename(source: Source | Shards, wanted: Mapping[str, Entry]) -> str:
     """What to call for a file of another program, with a name of each side."""
     found = source.entries
-    listed = shorten([f"`{name}`" for name in found], _MOST) or "nothing"
+    listed = shorten(list(map(quote, found)), _MOST) or "nothing"
     pairs = {
         name: [each for each, there in found.items() if there.shape == entry.shape]
         for name, entry in wanted.items()

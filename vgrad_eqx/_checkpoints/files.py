@@ -8,11 +8,13 @@ import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from .._tree.text import show
+
 
 def check_path(path: object, caller: str) -> str:
     """The path of a file, which a link may point to."""
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"`{caller}` must be a path. Got {path!r}.")
+        raise TypeError(f"`{caller}` must be a path. Got {show(path)}.")
     path = os.fsdecode(path)
     if not path:
         raise ValueError(f"`{caller}` must be the path of a file. Got {path!r}.")

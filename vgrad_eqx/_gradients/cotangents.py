@@ -13,6 +13,7 @@ from .._tree.units import (
     find_factors,
     multiply_units,
     raise_mismatch,
+    refuse_foreign,
     scale_number,
     split_unit,
 )
@@ -23,11 +24,11 @@ def make_cotangents(
     numbers: Sequence[Any], output: Output, flat_func: FlatFunction
 ) -> tuple[tuple[Any, ...], Any]:
     """The cotangent of each differentiated output, and the unit of their sum."""
-    name, cotangent = flat_func.name, flat_func.transform.cotangent
+    name = flat_func.name
     cotangents, units = tuple(map(jnp.ones_like, numbers)), output.units
     text = f"`{name}(func=...)` must return outputs of one dimension, because it adds them up."
-    if cotangent is not None:
-        cotangents, units = _parse_cotangent(cotangent, numbers, output, name)
+    if flat_func.transform.cotangent is not None:
+        cotangents, units = _parse_cotangent(flat_func.transform, numbers, output, name)
         text = (
             f"`{name}(cotangent=...)` times the output must have one dimension, because it is "
             "added up."
@@ -47,12 +48,15 @@ def make_cotangents(
 
 
 def _parse_cotangent(
-    cotangent: PyTree, numbers: Sequence[Any], output: Output, name: str
+    transform: Any, numbers: Sequence[Any], output: Output, name: str
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """The given number for each differentiated output, and the unit of their product."""
     caller = f"{name}(cotangent=...)"
     value, _ = output.combine(numbers)
+    cotangent = transform.cotangent
     given = cotangent(value) if callable(cotangent) else cotangent
+    if transform.unit_aware:
+        refuse_foreign(given, caller)
     try:
         entries = output.structure.flatten_up_to(given)
     except ValueError as error:

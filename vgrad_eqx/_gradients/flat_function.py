@@ -39,6 +39,8 @@ class FlatFunction:
         self._is_one_arg = not isinstance(transform.argnums, tuple)
         grad_states, argnums = transform.grad_states, transform.argnums
         self._inputs: list[Any] = []
+        if transform.unit_aware:
+            refuse_foreign((args, kwargs), f"{name}(unit_aware=True)")
         if grad_states is not None:
             caller = f"{name}(grad_states=...)"
             if grad_states.by_reference:

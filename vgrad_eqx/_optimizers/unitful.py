@@ -24,6 +24,7 @@ from .._tree.units import (
     find_quotient,
     parse_unit,
     raise_mismatch,
+    refuse_foreign,
     split_unit,
 )
 from .partition import map_extra_args, take_extra_args
@@ -106,6 +107,7 @@ def unitful(
     scaling = _Scaling(parse_unit(loss_unit, "unitful(loss_unit=...)"), _parse_scale(scale))
 
     def init(params: PyTree) -> Any:
+        refuse_foreign(params, "unitful(...).init(params=...)")
         flat = FlatTree(params)
         units = {
             name: split_unit(leaf)[1]
@@ -157,6 +159,7 @@ def _parse_scale(scale: object) -> dict[str, Any]:
         if not isinstance(glob, str):
             raise TypeError(f"{caller} must have paths as keys. Got {show(glob)}.")
         compile_glob(glob)
+        refuse_foreign(size, "unitful(scale=...)")
         number = split_unit(size)[0]
         if not eqx.is_array_like(number) or isinstance(number, bool | complex):
             raise TypeError(

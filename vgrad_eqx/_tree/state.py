@@ -24,7 +24,7 @@ from .flat import FlatTree, Split
 from .prompt import AtPrompt, brief
 from .text import show
 from .types import PyTree
-from .units import find_factor, scale_number, split_unit
+from .units import find_factor, refuse_foreign, scale_number, split_unit
 
 
 _T = TypeVar("_T")
@@ -91,6 +91,9 @@ class State(AtPrompt, Generic[_T]):
         if isinstance(value, bool | int | float | complex):
             value = np.asarray(value)  # pyright: ignore[reportAssignmentType]
         flat = FlatTree(value)
+        refuse_foreign(
+            flat.leaves, "State(value=...)"
+        )  # those that are pytrees keep their unit
         arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
         if not arrays.diff:
             raise TypeError(f"`State(value=...)` must hold an array. Got {show(value)}.")
