@@ -1,5 +1,7 @@
 """Trainings as users write them, each equal to the same by hand."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -117,7 +119,8 @@ def test_float8_parameters_are_trained_in_all_ways():
         return jnp.sum((w["a"].astype(jnp.float32) * x) ** 2)
 
     tree = {"a": jnp.ones(2, jnp.float8_e4m3fn)}
-    for options in ({}, {"packed": True}, {"accumulate": 2}, {"steps_per_call": 2}):
+    every: list[Any] = [{}, {"packed": True}, {"accumulate": 2}, {"steps_per_call": 2}]
+    for options in every:
         step = vg.train_step(func, optax.sgd(0.1), grad_norms=True, **options)
         x = jnp.ones((2, 2) if {"accumulate", "steps_per_call"} & options.keys() else 2)
         with jax.numpy_dtype_promotion("strict"):
