@@ -441,6 +441,9 @@ def train_step(
         lives on, also when a step fails, and a step takes twice the memory.
     - `keep_every`: if not zero, every `keep_every`-th state is copied to `state.kept`, to go on
         with after a step that fails. That takes the memory of one more state, and waits for it.
+    - `extra_args`: a function of the auxiliary data (`None` without `has_aux`) that returns
+        further extra arguments of `tx`, or others of the names above, as in
+        [`vgrad_eqx.Optimizer`][]: `lambda aux: {"value": aux["validation_loss"]}`.
 
     **Returns:**
 
