@@ -29,7 +29,7 @@ WAYS = {"eager": lambda func: func, "jit": jax.jit, "filter_jit": eqx.filter_jit
 def draw(num_examples):
     """Draws so many examples of each ten, of those which take long to compile."""
     return hypothesis.settings(
-        max_examples=num_examples * hypothesis.settings.default.max_examples // 10
+        max_examples=num_examples * hypothesis.settings().max_examples // 10
     )
 
 
