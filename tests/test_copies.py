@@ -92,5 +92,5 @@ def test_a_step_is_a_function():
     assert step == step
     assert step != other
     assert len({step, step, other}) == 2
-    assert copy.deepcopy(step) is step
+    assert copy.deepcopy(step) == step
     assert "takes over the arrays" in str(step.__doc__)

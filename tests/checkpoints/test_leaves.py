@@ -8,7 +8,6 @@ import sys
 import types
 from typing import Any
 
-import brainstate
 import brainunit as u
 import equinox as eqx
 import hypothesis
@@ -262,7 +261,6 @@ OBJECTS = {
     "proxy": types.MappingProxyType({"a": X}),
     "namespace": types.SimpleNamespace(a=X),
     "partial": ft.partial(jnp.add, X),
-    "brainstate": brainstate.ParamState(X),
 }
 
 

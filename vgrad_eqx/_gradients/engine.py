@@ -261,6 +261,13 @@ def pull_back(
     return numbers, output, [Row(grads, unit)]
 
 
+def pull_back_scalar(
+    func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
+) -> Any:
+    """`grad`: the same, of one real scalar. A `functools.partial` would not equal its copy."""
+    return pull_back(func, diff, flat_func, of_scalar=True)
+
+
 def pull_back_rows(
     func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
 ) -> Any:

@@ -12,20 +12,13 @@ from .engine import (
     Operator,
     pull_back,
     pull_back_rows,
+    pull_back_scalar,
     push_forward_columns,
     push_forward_rows,
 )
-from .flat_function import FlatFunction
 
 
 _P = ParamSpec("_P")
-
-
-def _pull_back_scalar(
-    func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
-) -> Any:
-    # A `functools.partial` would not equal its copy.
-    return pull_back(func, diff, flat_func, of_scalar=True)
 
 
 @overload
@@ -258,7 +251,7 @@ def grad(
 
     **Source:** `jax.grad`, JAX 0.10; `brainstate.transform.grad`, brainstate 0.5.
     """
-    return make_transform(Operator("grad", _pull_back_scalar, adds_up=True), **locals())
+    return make_transform(Operator("grad", pull_back_scalar, adds_up=True), **locals())
 
 
 @_with_overloads

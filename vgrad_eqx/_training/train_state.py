@@ -68,8 +68,7 @@ class TrainState(AtPrompt, Generic[_M]):
     __slots__ = ("_is_rebuilt", "_model", "count", "leaves", "training")
 
     _inner = frozenset(
-        ["begin", "check", "flat_step", "from_tree", "frozen", "history", "is_donated"]
-        + ["leaves", "take_over", "to_tree"]
+        ["check", "from_tree", "is_donated", "leaves", "take_over", "to_tree", "training"]
     )
 
     def __init__(

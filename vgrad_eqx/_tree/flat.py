@@ -69,7 +69,7 @@ class FlatTree:
         return Split([self.numbers[i] for i in indices], rest)
 
 
-_DEEPEST = 400
+_DEEPEST = 900  # JAX flattens a little more
 # Types of leaves that are met so often that it would show to ask JAX for their children. Those
 # of arrays, which have no public names, are added when they are seen.
 _LEAVES = {str, int, float, bool, NoneType, FunctionType, np.ndarray}
