@@ -37,7 +37,8 @@ def states(tree: PyTree, selector: SelectorLike = True) -> dict[str, Any]:
     A flat dict `{path: leaf}` of inexact arrays, and of Quantities as they are, sorted by path,
     as JAX sorts a dict. Integers, PRNG keys, functions and bare Python numbers are never in
     it. Any optax transformation takes it as its parameters, Quantities inside of
-    [`vgrad_eqx.unitful`][]. Where the selector chooses states by reference, `{path: State}`.
+    [`vgrad_eqx.unitful`][], and `jax.flatten_util.ravel_pytree` makes it the vector that SciPy
+    takes, with a way back. Where the selector chooses states by reference, `{path: State}`.
 
     **Raises:**
 
