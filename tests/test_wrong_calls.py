@@ -310,6 +310,38 @@ def list_training() -> Rows:
         NO_DICT,
         "`Optimizer.step(var_grads=...)` must be a dict",
     )
+    rows["StateOptimizer.tx"] = (
+        lambda x: vg.StateOptimizer(x, WEIGHT),
+        NO_TX,
+        "`StateOptimizer(tx=...)` must be an optax transformation",
+    )
+    rows["StateOptimizer.states"] = (
+        lambda x: vg.StateOptimizer(SGD, x),
+        VALUES,
+        "`StateOptimizer(states=...)` must be a `vg.State`",
+    )
+    rows["partition.groups"] = vg.partition, NO_DICT, "`partition(groups=...)` must be a dict"
+    rows["partition.groups of no transformation"] = (
+        lambda x: vg.partition({"a": x}),
+        NO_TX,
+        "`partition(groups=...)` must be an optax transformation",
+    )
+    injected = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    optimizers = vg.Optimizer(injected, TREE), vg.StateOptimizer(injected, WEIGHT)
+    for opt in (*optimizers, vg.train_step(total, injected).init(TREE)):
+        name = f"{type(opt).__name__}.set_hyperparams"
+        rows[f"{name} of a value"] = (
+            lambda x, opt=opt: opt.set_hyperparams(learning_rate=x),
+            pick(
+                "str", "none", "array", "model", "long", "list", "bytes", "odd", "type", "func"
+            ),
+            "`set_hyperparams(...)` at `learning_rate` must be a number",
+        )
+        rows[f"{name} of a group"] = (
+            lambda x, opt=opt: opt.set_hyperparams(x, learning_rate=1.0),
+            pick("int", "float", "array", "model", "long", "list", "bytes", "odd"),
+            "`set_hyperparams(...)` must be of one group",
+        )
     rows["train_step.func"] = (
         lambda x: vg.train_step(x, SGD),
         NO_FUNC,
@@ -326,14 +358,50 @@ def list_training() -> Rows:
             NO_COUNT,
             f"`train_step({count}=...)` must be an int",
         )
-    for flag in ("has_aux", "check_states", "packed", "grad_norms"):
+    rows["train_step.keep_every"] = (
+        lambda x: vg.train_step(total, SGD, keep_every=x),
+        NO_COUNT,
+        "`train_step(keep_every=...)` must be an int",
+    )
+    rows["train_step.extra_args"] = (
+        lambda x: vg.train_step(total, SGD, extra_args=x),
+        pick("int", "str", "array", "long", "list", "odd"),
+        "`train_step(extra_args=...)` must be",
+    )
+    for flag in ("has_aux", "check_states", "packed", "grad_norms", "donate"):
         rows[f"train_step.{flag}"] = (
             lambda x, flag=flag: vg.train_step(total, SGD, **{flag: x}),
             NO_FLAG,
             f"`train_step({flag}=...)` must be True or False",
         )
+    step = vg.train_step(total, SGD)
+    rows["init.model"] = (
+        step.init,
+        pick("int", "str", "odd", "type", "bytes", "tuple"),
+        "`train_step(grad_states=...)` must select inexact arrays",
+    )
+    rows["init.key"] = (
+        lambda x: step.init(TREE, key=x),
+        pick("int", "str", "array", "model", "long", "list", "odd", "func"),
+        "`init(key=...)` must be a PRNG key",
+    )
+    rows["init.nn_state"] = (
+        lambda x: step.init(TREE, nn_state=x),
+        pick("int", "str", "array", "model", "long", "list", "odd"),
+        "`init(nn_state=...)` must be the `equinox.nn.State`",
+    )
+    rows["init.optimizer"] = (
+        lambda x: step.init(TREE, optimizer=x),
+        pick("int", "str", "array", "model", "long", "list", "odd"),
+        "`init(optimizer=...)` must be a `vg.Optimizer`",
+    )
+    rows["init.batch"] = (
+        lambda x: step.init(TREE, batch=x),
+        pick("int", "str", "array", "quantity", "model", "long", "odd"),
+        "`init(batch=...)` must be a tuple",
+    )
     rows["step"] = (
-        vg.train_step(total, SGD),
+        step,
         NO_TRAINING_STATE,
         "takes the `TrainState` of `init`",
     )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 
+from .._tree.text import show
 from .._tree.types import PyTree
 from .partition import GroupStates
 
@@ -32,6 +33,11 @@ def write_hyperparams(
     opt_state: PyTree, group: str | None, values: Mapping[str, Any], caller: str
 ) -> Any:
     """A state with other values, in the shapes and dtypes of the old ones."""
+    if group is not None and not isinstance(group, str):
+        raise TypeError(
+            f"`{caller}` must be of one group, by its label, or of all. Got {show(group)}. "
+            "Pass values by name, as in `set_hyperparams(learning_rate=1e-4)`."
+        )
     written: set[str] = set()
     scheduled: set[str] = set()
 
@@ -39,7 +45,10 @@ def write_hyperparams(
         names = set(values) & set(node.hyperparams) if group in (None, label) else set()
         written.update(names)
         scheduled.update(names & set(getattr(node, "hyperparams_states", ())))
-        new = {name: _like(values[name], node.hyperparams[name]) for name in names}
+        new = {
+            name: _like(values[name], node.hyperparams[name], f"`{caller}` at `{name}`")
+            for name in names
+        }
         return node._replace(hyperparams={**node.hyperparams, **new})
 
     changed = _walk(opt_state, None, change)
@@ -57,8 +66,13 @@ def write_hyperparams(
     return changed
 
 
-def _like(value: object, old: PyTree) -> Any:
-    new = jnp.broadcast_to(jnp.array(value, jnp.result_type(old), copy=True), jnp.shape(old))
+def _like(value: object, old: PyTree, where: str) -> Any:
+    shape, dtype = jnp.shape(old), jnp.result_type(old)
+    try:
+        new = jnp.broadcast_to(jnp.array(value, dtype, copy=True), shape)
+    except (TypeError, ValueError) as error:
+        kind = "a number" if not shape else f"an array of shape {shape}"
+        raise TypeError(f"{where} must be {kind}. Got {show(value)}.") from error
     is_placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer)
     return jax.device_put(new, old.sharding) if is_placed and old.committed else new
 

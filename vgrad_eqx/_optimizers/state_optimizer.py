@@ -14,12 +14,12 @@ from .._references.values import StateValues
 from .._select.grad_states import parse_grad_states
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import spread
-from .._tree.state import State, write
+from .._tree.state import is_reference, refuse_brainstate, State, write
 from .._tree.text import show
 from .._tree.types import PyTree
 from .._tree.units import split_unit
 from .optimizer import advance, check_structure, Optimizer
-from .partition import map_extra_args, TxLike
+from .partition import check_tx, map_extra_args, TxLike
 
 
 class StateOptimizer(AtPrompt, eqx.Module):
@@ -64,6 +64,7 @@ class StateOptimizer(AtPrompt, eqx.Module):
     memory: State[Optimizer]
 
     def __init__(self, tx: TxLike, states: PyTree):
+        check_tx(tx, "StateOptimizer(tx=...)")
         self.states = states
         values = self.find_values()
         if len(set(values.names)) < len(values.names):
@@ -146,13 +147,16 @@ class StateOptimizer(AtPrompt, eqx.Module):
     def find_values(self) -> StateValues:
         """The references in the states, and their values."""
         caller = "StateOptimizer(states=...)"
-        grad_states = parse_grad_states(self.states, caller)
-        if grad_states is None or not grad_states.by_reference:
+        leaves = jtu.tree_leaves(self.states, is_leaf=is_reference)
+        refuse_brainstate(leaves, caller)
+        if not any(map(is_reference, leaves)):
             raise TypeError(
                 f"`{caller}` must be a `vg.State` or `jax.Ref`, or a pytree of them. Got "
                 f"{show(self.states)}. For the leaves of a module, use "
                 "`vg.Optimizer`."
             )
+        grad_states = parse_grad_states(self.states, caller)
+        assert grad_states is not None
         return StateValues(grad_states, caller)
 
     def _name(self, values: StateValues, grads: PyTree, caller: str) -> dict[str, Any]:
