@@ -79,7 +79,9 @@ class Holder(eqx.Module):
 
 @pytest.mark.parametrize(("text", "shown"), SHOWN.items(), ids=SHOWN.keys())
 def test_public_objects_are_shown_in_short(text, shown):
-    assert repr(shown) == text.replace("f32", "f64" if jax.config.jax_enable_x64 else "f32")
+    assert repr(shown) == text.replace(
+        "f32", "f64" if jax.config.read("jax_enable_x64") else "f32"
+    )
     # And so they are where Equinox prints them.
     assert eqx.tree_pformat(Holder(shown), width=200) == f"Holder(held={shown!r})"
 

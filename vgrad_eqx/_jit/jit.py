@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import functools as ft
 import inspect
+import operator
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import (
     Any,
     Concatenate,
@@ -34,9 +35,9 @@ from .._tree.numpy_leaves import is_numpy, remember_types
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.state import is_evaluating, is_reference
 from .._tree.text import show
-from .callbacks import ANY_CALLBACK, has_callback, raise_clear, wait
+from .callbacks import ANY_CALLBACK, CALLBACKS, has_callback, raise_clear, wait
 from .generated import Arrays, make_builder, make_reader
-from .over_states import NotTraced, StateProgram
+from .over_states import MoreStates, StateProgram
 
 
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
@@ -175,12 +176,12 @@ def _compile(func: Callable[..., Any], donate: Donate) -> Any:
             inputs[1].extend(own)
         try:
             result = program.compiled(*inputs)
-        except NotTraced:
-            result = None
+            if program.is_traced:
+                result = program.finish(inputs, result)
         except BaseException as error:
-            raise_clear(error)
+            program.fail(error)
             raise
-        return (program.start(inputs) if result is None else result)()
+        return result()
 
     def read(first=MISSING, /, *rest, **kwargs):
         program, (arrays, others) = programs.find(func, first, rest, kwargs)
@@ -323,8 +324,8 @@ class _Program:
             return _Result(make_builder(out, _is_array), split_arrays(out, _is_array).diff)
 
         def run(*inputs: Any) -> _Result:
-            if self not in _tracing.programs and not is_evaluating():
-                raise NotTraced
+            if not is_evaluating():  # as under `jax.disable_jit`
+                self._begin()
             return call(*inputs)
 
         # Under `vmap` and `grad`, which cannot use a donated array again, none is donated.
@@ -344,62 +345,75 @@ class _Program:
         run.__name__ = name
         self._func = call
         self._jitted = jax.jit(run, inline=True, donate_argnums=donated)
-        self.compiled: Callable[..., _Result] = self._jitted
+        self.compiled: Callable[..., _Result] = self._start
+        self.is_traced = False  # by this call
         others = {"rest": trees[1][0], "kwargs": kwargs}
         self.read = make_reader(args[0], others, _is_array, check)
         self._types_matter = False
         self._donate = donate
         self._refs: dict[int, jax.Ref] = {}
         self._waits = False
+        self._filters = contextlib.ExitStack()
 
-    def start(self, inputs: Arrays) -> "_Result":
-        """Calls the function with arrays of shapes that it was not traced for."""
-        try:
-            with self._allow_tracing():
-                self._learn(inputs)
-                return self.compiled(*inputs)
-        except BaseException as error:
-            raise_clear(error)
-            raise
+    def _start(self, *inputs: Any) -> "_Result":
+        """The first call, before which it is asked what the function does at run time."""
+        if is_evaluating() and _is_disabled(jax.config):
+            return self._jitted(*inputs)
+        self._learn(inputs)
+        return self.compiled(*inputs)
+
+    def _begin(self) -> None:
+        """Looks after what JAX does between tracing and the end of a call."""
+        self.is_traced = True
+        if self._donate.startswith("all"):
+            self._filters.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+
+    def _end(self) -> None:
+        self.is_traced = False
+        self._filters.close()
+
+    def finish(self, inputs: Arrays, result: "_Result") -> Any:
+        """Ends a call that was traced, maybe for new shapes."""
+        self._end()
+        self._learn(inputs)
+        return wait(lambda: result) if self._waits else result
+
+    def fail(self, error: BaseException) -> None:
+        self._end()
+        raise_clear(error)
 
     def lower(self, inputs: Arrays) -> Any:
-        with self._allow_tracing():
+        try:
             self._learn(inputs)
             return self._jitted.lower(*inputs)
+        finally:
+            self._end()
 
-    def _learn(self, inputs: Arrays) -> None:
+    def _learn(self, inputs: Sequence[Any]) -> None:
         """Traces the function, and finds out how to call it: what it does at run time."""
+        known = self.compiled != self._start, len(self._refs), self._waits
         jaxpr = self._jitted.trace(*inputs).jaxpr
         self._refs |= {id(ref): ref for ref in jaxpr.consts if is_concrete_ref(ref)}
+        self._waits |= has_callback(jaxpr.jaxpr, ANY_CALLBACK if self._refs else CALLBACKS)
+        if known == (True, len(self._refs), self._waits):
+            return
+        self.compiled = ft.partial(wait, self._jitted) if self._waits else self._jitted
         if self._refs:
-            self._waits |= has_callback(jaxpr.jaxpr, ANY_CALLBACK)
             refs, is_donated = list(self._refs.values()), self._donate in ("all", "warn")
-            self.compiled = StateProgram(
-                self._func, self._jitted, refs, is_donated, self._waits
-            )
-        elif has_callback(jaxpr.jaxpr):
-            self.compiled = ft.partial(wait, self._jitted)
+            over_states = StateProgram(self._func, self._jitted, refs, is_donated, self._waits)
+            self.compiled = ft.partial(self._call_over_states, over_states)
 
-    @contextlib.contextmanager
-    def _allow_tracing(self) -> Iterator[None]:
-        _tracing.programs.append(self)
+    def _call_over_states(self, over_states: StateProgram, *inputs: Any) -> "_Result":
         try:
-            with warnings.catch_warnings():
-                if self._donate.startswith("all"):
-                    warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                yield
-        finally:
-            _tracing.programs.pop()
+            return over_states(*inputs)
+        except MoreStates:
+            self._learn(inputs)
+            return self.compiled(*inputs)
 
 
-class _Tracing(threading.local):
-    """The programs that this thread may trace. The outer ones are traced already."""
-
-    def __init__(self):
-        self.programs: list[_Program] = []
-
-
-_tracing = _Tracing()
+# The types of JAX 0.10 do not have it.
+_is_disabled = operator.attrgetter("jax_disable_jit")
 
 
 class _Result(ft.partial):

@@ -17,8 +17,8 @@ from .._tree.text import shorten
 from .callbacks import wait
 
 
-class NotTraced(Exception):
-    """A compiled function is called with arguments that it was not traced for."""
+class MoreStates(Exception):
+    """Arguments of other shapes for which a function uses states that it did not use before."""
 
 
 class StateProgram:
@@ -74,7 +74,7 @@ class StateProgram:
         traced = self._jitted.trace(*inputs)
         jaxpr, consts = traced.jaxpr.jaxpr, traced.jaxpr.consts
         if not {id(ref) for ref in filter(is_concrete_ref, consts)}.issubset(ids):
-            raise NotTraced
+            raise MoreStates
         fresh = dict(zip(ids, map(jax.new_ref, values), strict=True))
         consts_with_fresh = [fresh.get(id(const), const) for const in consts]
         leaves = jax.core.eval_jaxpr(jaxpr, consts_with_fresh, *jtu.tree_leaves(inputs))
