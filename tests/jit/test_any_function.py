@@ -410,3 +410,23 @@ def test_the_persistent_cache_is_hit_after_a_restart(tmp_path):
         for _ in range(2)
     ]
     assert hits == ["0\n", "1\n"]
+
+
+def test_a_call_like_the_one_before_enters_no_python_of_jax():
+    state = vg.State(jnp.ones(2))
+    for func in (lambda tree, x: add_one(tree), lambda tree, x: x * jnp.sum(state.value)):
+        compiled, files = vg.jit(func), set()
+        for x in (jnp.ones(2), jnp.ones(2), jnp.ones((3, 2)), jnp.ones((3, 2))):
+            compiled({"a": x}, x)
+
+        def note(frame, event, arg, files=files):
+            if event == "call":
+                files.add(frame.f_code.co_filename)
+
+        sys.setprofile(note)
+        try:
+            compiled({"a": x}, x)
+        finally:
+            sys.setprofile(None)
+        assert files
+        assert not [file for file in files if "pjit" in file]
