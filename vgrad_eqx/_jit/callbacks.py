@@ -63,10 +63,3 @@ def explain(error: BaseException) -> BaseException:
     except eqx.EquinoxRuntimeError as clear:
         return clear
     return error
-
-
-def raise_clear(error: BaseException) -> None:
-    """Raises the error of Equinox instead of this one, if there is one."""
-    clear = explain(error)
-    if clear is not error:
-        raise clear from None

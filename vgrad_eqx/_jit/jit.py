@@ -35,7 +35,7 @@ from .._tree.numpy_leaves import is_numpy, remember_types
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.state import is_evaluating, is_reference
 from .._tree.text import show
-from .callbacks import ANY_CALLBACK, CALLBACKS, has_callback, raise_clear, wait
+from .callbacks import ANY_CALLBACK, CALLBACKS, explain, has_callback, wait
 from .generated import Arrays, make_builder, make_reader
 from .over_states import MoreStates, StateProgram
 
@@ -381,7 +381,9 @@ class _Program:
 
     def fail(self, error: BaseException) -> None:
         self._end()
-        raise_clear(error)
+        clear = explain(error)
+        if clear is not error:
+            raise clear from None
 
     def lower(self, inputs: Arrays) -> Any:
         try:

@@ -65,6 +65,15 @@ class StateOptimizer(AtPrompt, eqx.Module):
 
     def __init__(self, tx: TxLike, states: PyTree):
         check_tx(tx, "StateOptimizer(tx=...)")
+        caller = "StateOptimizer(states=...)"
+        leaves = jtu.tree_leaves(states, is_leaf=is_reference)
+        refuse_brainstate(leaves, caller)
+        if not any(map(is_reference, leaves)):
+            raise TypeError(
+                f"`{caller}` must be a `vg.State` or `jax.Ref`, or a pytree of them. Got "
+                f"{show(states)}. For the leaves of a module, use "
+                "`vg.Optimizer`."
+            )
         self.states = states
         values = self.find_values()
         if len(set(values.names)) < len(values.names):
@@ -147,14 +156,6 @@ class StateOptimizer(AtPrompt, eqx.Module):
     def find_values(self) -> StateValues:
         """The references in the states, and their values."""
         caller = "StateOptimizer(states=...)"
-        leaves = jtu.tree_leaves(self.states, is_leaf=is_reference)
-        refuse_brainstate(leaves, caller)
-        if not any(map(is_reference, leaves)):
-            raise TypeError(
-                f"`{caller}` must be a `vg.State` or `jax.Ref`, or a pytree of them. Got "
-                f"{show(self.states)}. For the leaves of a module, use "
-                "`vg.Optimizer`."
-            )
         grad_states = parse_grad_states(self.states, caller)
         assert grad_states is not None
         return StateValues(grad_states, caller)

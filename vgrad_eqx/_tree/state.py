@@ -91,9 +91,8 @@ class State(AtPrompt, Generic[_T]):
         if isinstance(value, bool | int | float | complex):
             value = np.asarray(value)  # pyright: ignore[reportAssignmentType]
         flat = FlatTree(value)
-        refuse_foreign(
-            flat.leaves, "State(value=...)"
-        )  # those that are pytrees keep their unit
+        # Those that are pytrees keep their unit.
+        refuse_foreign(flat.leaves, "State(value=...)")
         arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
         if not arrays.diff:
             raise TypeError(f"`State(value=...)` must hold an array. Got {show(value)}.")
