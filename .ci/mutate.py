@@ -125,7 +125,7 @@ MUTATIONS = {
 }
 
 
-# What is no behavior, or has a text that is for people.
+# What does not change behavior, or is text for people.
 LEFT_OUT = (ast.Raise, ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom)
 
 

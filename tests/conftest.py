@@ -40,7 +40,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    """Compiles without optimizing, and draws few examples, but for the slow tests.
+    """Compiles without optimizing, and draws few examples, except with the slow tests.
 
     Half of the time of the tests is that of the compiler.
     """

@@ -34,7 +34,7 @@ PROGRAMS = st.lists(
 
 
 def take_step(kind, indices, get, put, x):
-    """A step that is no loop or helper."""
+    """A step that is not a loop or a helper."""
     if kind == "read":
         return jnp.sin(x) * get(indices[0])
     if kind == "write":
