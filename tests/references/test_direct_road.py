@@ -259,6 +259,7 @@ def test_a_state_that_compiled_code_has_deleted_is_no_hindrance():
     @jax.jit
     def fail():
         s.value = eqx.error_if(s.value, s.value[0] > 0, "mine")
+        return s.value
 
     with pytest.raises(Exception, match="mine"):
         jax.block_until_ready(fail())

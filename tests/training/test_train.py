@@ -408,8 +408,9 @@ def test_a_state_is_a_pytree():
 
 def test_steps_do_not_wait():
     step = vg.train_step(loss, optax.adam(1e-2))
+    state = step.init(make_mlp())
     with jax.transfer_guard_device_to_host("disallow"):
-        run(step, step.init(make_mlp()), 3)
+        run(step, state, 3)
 
 
 # Over states by reference
