@@ -22,7 +22,7 @@ from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import shard_like
-from .._tree.text import check_flag, name_shapes, shorten, show
+from .._tree.text import check_flag, name_shapes, show
 from .._tree.types import PyTree, Unit
 from .._tree.units import (
     attach_unit,
@@ -164,18 +164,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
         if not state.exists.is_set() and not isinstance(flat_func.states, StateValues):
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
         over_values = ft.partial(_call_over_values, flat_func, refs)
-        try:
-            return self._apply_rule(over_values, flat_func.diff, flat_func)
-        except Exception as error:
-            # JAX has no public type for this error.
-            if type(error).__name__ not in ("CustomJVPException", "CustomVJPException"):
-                raise
-            raise ValueError(
-                f"`{flat_func.name}` cannot differentiate a `custom_jvp` or `custom_vjp` "
-                "function by a state that it reads, because its rule is for its arguments. "
-                f"Read the `value` before, and pass it as an argument. `func` reads "
-                f"{shorten(list(map(state.describe, refs.values())))}."
-            ) from error
+        return self._apply_rule(over_values, flat_func.diff, flat_func)
 
     def _apply_rule(
         self, func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction

@@ -14,6 +14,7 @@ import jax.ref
 from jax.extend.core import jaxprs_in_params, set_current_trace, take_current_trace
 
 from .._tree.state import active, describe, find_stand_in, hold, Overlay, read, StandIn
+from .._tree.text import shorten
 from .trace import find_refs, is_concrete_ref, trace_operation
 
 
@@ -49,6 +50,17 @@ def call_with(
             if request.overlay is not overlay:
                 raise
             shared[id(request.ref)] = request.ref
+        except Exception as error:
+            # JAX has no public type for this error.
+            is_by_rule = type(error).__name__ in ("CustomJVPException", "CustomVJPException")
+            if not (is_by_rule and refs):
+                raise
+            raise ValueError(
+                "A `custom_jvp` or `custom_vjp` function cannot be differentiated by a state "
+                "that it reads, because its rule is for its arguments. Read the `value` "
+                "before, and pass it as an argument. The states that are read: "
+                f"{shorten(list(map(describe, refs.values())))}."
+            ) from error
 
 
 class _SetBelow(BaseException):
