@@ -18,11 +18,6 @@ import vgrad_eqx as vg
 from ..helpers import make_mlp, tree_allclose
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "checkpoint"
-
-
 def test_a_module_comes_back(path):
     vg.save(path, make_mlp(seed=1))
     assert eqx.tree_equal(vg.load(str(path), make_mlp(seed=2)), make_mlp(seed=1))

@@ -23,11 +23,6 @@ from vgrad_eqx._checkpoints import sources
 from .test_leaves import is_same
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "checkpoint"
-
-
 TREE = {"w": jnp.arange(9.0), "tau": 10.0 * u.ms, "n": 3, "large": 2**70, "k": jr.key(0)}
 ERROR = "must be a checkpoint that `vg.save` has written"
 

@@ -15,11 +15,6 @@ import pytest
 import vgrad_eqx as vg
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "checkpoint"
-
-
 OLD = {"a": jnp.arange(5.0)}
 
 

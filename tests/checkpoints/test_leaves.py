@@ -23,11 +23,6 @@ import vgrad_eqx as vg
 from vgrad_eqx._tree.state import write
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "checkpoint"
-
-
 class Phase(enum.IntEnum):
     FIRST = 1
     LAST = 2
@@ -381,6 +376,18 @@ def test_labels_of_groups_have_no_addresses(path):
     vg.save(path, make())
     assert "0x" not in "".join(make().opt_state)
     assert int(vg.load(path, make()).count) == 0
+
+
+def test_numbers_beside_the_arrays_of_a_state_are_compared(path):
+    make = lambda x, **numbers: vg.State({"x": x * X, "nan": float("nan"), **numbers})
+    vg.save(path, [make(1.0, steps=3)])
+    loaded = vg.load(path, [make(0.0, steps=3)])[0]
+    assert jnp.array_equal(loaded.value["x"], X)
+    like = [make(0.0, steps=4)]
+    match = "There is 4 at `0.steps`, and 3 in the file.* is fixed, so make the state with 3"
+    with pytest.raises(ValueError, match=match):
+        vg.load(path, like)
+    assert jnp.array_equal(like[0].value["x"], 0 * X)
 
 
 def test_states_are_set_all_or_none(path, monkeypatch):

@@ -227,8 +227,14 @@ def _fill(
         index, leaf = items[name]
         if isinstance(ref := split_unit(leaf)[0], jax.Ref):
             refs[name] = ref
-        else:
+        elif not isinstance(leaves[index], State):
             leaves[index] = value
+        elif str(value) != str(leaf):
+            raise ValueError(
+                f"`load(like=...)` must be like the checkpoint. There is {leaf} at `{name}`, "
+                f"and {value} in the file. A number beside the arrays of a state is fixed, so "
+                f"make the state with {value}."
+            )
     before = {name: read(ref) for name, ref in refs.items()}
     try:
         for name, ref in refs.items():
@@ -268,7 +274,7 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
     refuse_brainstate(flat.leaves, caller)
     items: dict[str, tuple[int, Any]] = {}
     for index, (name, leaf) in enumerate(zip(flat.names, flat.leaves, strict=True)):
-        inner = _list_refs(name, leaf) if isinstance(leaf, State) else {name: leaf}
+        inner = _list_content(name, leaf) if isinstance(leaf, State) else {name: leaf}
         for each, array in inner.items():
             if obstacle := find_obstacle(array):
                 raise TypeError(
@@ -286,12 +292,8 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
     return items
 
 
-def _list_refs(name: str, state: State) -> dict[str, Any]:
-    """The references of a state. The other leaves of its value are fixed."""
+def _list_content(name: str, state: State) -> dict[str, Any]:
+    """The leaves of the value of a state by name, with references in the places of arrays."""
     value = FlatTree(state.content.combine())
     names = [".".join(filter(None, (name, each))) for each in value.names]
-    return {
-        each: leaf
-        for each, leaf in zip(names, value.leaves, strict=True)
-        if isinstance(split_unit(leaf)[0], jax.Ref)
-    }
+    return dict(zip(names, value.leaves, strict=True))

@@ -1,0 +1,6 @@
+import pytest
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint"
