@@ -141,6 +141,11 @@ def use_sgd(tree):
     return vg.Optimizer(optax.sgd(0.1), tree)
 
 
+def take_step(*batch, **kwargs):
+    step = vg.train_step(lambda w, *_, **__: jnp.sum(w**2), optax.sgd(0.1))
+    return step(step.init(ONES), *batch, **kwargs)
+
+
 CYCLIC = [make_cyclic_list, make_cyclic_dict, make_cyclic_module, make_cyclic_node]
 CALLS = {
     **{name: getattr(vg, name) for name in ("states", "summary", "grad_norms", "State")},
@@ -153,6 +158,15 @@ CALLS = {
     "load": lambda tree: vg.load("never read", tree),
     "Optimizer": use_sgd,
     "train_step": lambda tree: vg.train_step(len, optax.sgd(0.1)).init(tree),
+    "batch": take_step,
+    "named batch": lambda tree: take_step(label=tree),
+    "selector": lambda tree: vg.grad(len, tree),
+    "cotangent": lambda tree: vg.vector_grad(jnp.sin, cotangent=tree),
+    "output": lambda tree: vg.vector_grad(lambda x: tree)(ONES),
+    "output under jit": lambda tree: vg.jit(lambda: tree)(),
+    "auxiliary data": lambda tree: vg.grad(lambda x: (x[0], tree), has_aux=True)(ONES),
+    "beside units": lambda tree: vg.grad(jnp.sum, argnums=1, unit_aware=True)(tree, ONES),
+    "StateOptimizer": lambda tree: vg.StateOptimizer(optax.sgd(0.1), tree),
 }
 
 
@@ -161,6 +175,12 @@ CALLS = {
 def test_what_holds_itself_is_refused(make, call):
     with pytest.raises(ValueError, match="must not hold itself"):
         call(make())
+
+
+@pytest.mark.parametrize("make", CYCLIC)
+def test_errors_show_the_class_of_what_holds_itself(make):
+    with pytest.raises(TypeError, match=r"must be a PRNG key.* Got a `\w+`\.$"):
+        vg.train_step(len, optax.sgd(0.1)).init(ONES, key=make())
 
 
 def test_what_is_shared_does_not_hold_itself():

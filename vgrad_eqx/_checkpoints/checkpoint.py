@@ -10,7 +10,7 @@ import jax
 import jax.tree_util as jtu
 
 from .._training.train_state import TrainState
-from .._tree.flat import FlatTree, refuse_endless
+from .._tree.flat import FlatTree
 from .._tree.state import read, refuse_brainstate, State, write
 from .._tree.text import check_flag, quote
 from .._tree.types import PyTree
@@ -70,7 +70,6 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         >>> loaded["w"].tolist(), loaded["epoch"]
         ([1.0, 2.0], 3)
     """
-    refuse_endless(tree)
     refuse_foreign(tree, "save(tree=...)")
     target = check_path(path, "save(path=...)")
     items = _list_items(FlatTree(_expand(tree)), "save(tree=...)")
@@ -157,7 +156,6 @@ def load(
     """
     check_flag(strict, "load(strict=...)")
     check_flag(cast, "load(cast=...)")
-    refuse_endless(like)
     refuse_foreign(like, "load(like=...)")
     flat = FlatTree(_expand(like))
     items = _list_items(flat, "load(like=...)")

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from .._tree.endless import refuse_endless
 from .._tree.text import show
 from .._tree.types import PyTree
 from .._tree.units import (
@@ -55,6 +56,7 @@ def _parse_cotangent(
     value, _ = output.combine(numbers)
     cotangent = transform.cotangent
     given = cotangent(value) if callable(cotangent) else cotangent
+    refuse_endless(given)
     if transform.unit_aware:
         refuse_foreign(given, caller)
     try:

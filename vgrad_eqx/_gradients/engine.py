@@ -18,6 +18,7 @@ from .._references.overlay import call_with
 from .._references.values import StateValues
 from .._select.grad_states import GradStates, parse_grad_states
 from .._tree import state
+from .._tree.endless import refuse_endless
 from .._tree.flat import is_any_traced
 from .._tree.missing import MISSING
 from .._tree.prompt import AtPrompt, write_call
@@ -319,6 +320,7 @@ def make_transform(
     for option, flag in options.items():
         if option not in ("argnums", "grad_states") and (option, flag) != ("has_aux", None):
             check_flag(flag, f"{name}({option}=...)")
+    refuse_endless(cotangent)
     make = ft.partial(_wrap, operator=operator, cotangent=cotangent, **options)
     return make if func is MISSING else make(func)
 

@@ -321,7 +321,8 @@ class _Program:
             with remember_types([*arrays, *others[:num_others]], array_types) as answer:
                 out = func(*args, **kwargs)
             self._types_matter |= answer[0]
-            return _Result(make_builder(out, _is_array), split_arrays(out, _is_array).diff)
+            arrays = split_arrays(out, _is_array).diff
+            return _Result(make_builder(out, _is_array), arrays)
 
         def run(*inputs: Any) -> _Result:
             if not is_evaluating():  # as under `jax.disable_jit`

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from .._references.overlay import call_with
 from .._references.values import StateValues
 from .._select.grad_states import parse_grad_states
+from .._tree.endless import refuse_endless
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import spread
 from .._tree.state import is_reference, refuse_brainstate, State, write
@@ -66,6 +67,7 @@ class StateOptimizer(AtPrompt, eqx.Module):
     def __init__(self, tx: TxLike, states: PyTree):
         check_tx(tx, "StateOptimizer(tx=...)")
         caller = "StateOptimizer(states=...)"
+        refuse_endless(states)
         leaves = jtu.tree_leaves(states, is_leaf=is_reference)
         refuse_brainstate(leaves, caller)
         if not any(map(is_reference, leaves)):

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
+from .._tree.endless import refuse_endless
 from .._tree.flat import name_of
 from .._tree.state import is_reference, refuse_brainstate, State
 from .._tree.text import show
@@ -44,6 +45,7 @@ def parse_grad_states(grad_states: object, caller: str) -> GradStates | None:
     """States by reference or selectors, in the containers that the user gave."""
     if grad_states is None:
         return None
+    refuse_endless(grad_states)
     leaves = jtu.tree_leaves(grad_states, is_leaf=is_reference)
     refuse_brainstate(leaves, caller)
     if not any(map(is_reference, leaves)):

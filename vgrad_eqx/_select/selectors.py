@@ -13,6 +13,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
+from .._tree.endless import refuse_endless
 from .._tree.flat import FlatTree, replace_at
 from .._tree.numpy_leaves import as_given
 from .._tree.prompt import AtPrompt
@@ -228,6 +229,7 @@ def as_selector(selector: object) -> Selector:
         return selector
     if isinstance(selector, str):
         return Path(selector)
+    refuse_endless(selector)
     entries, structure = jtu.tree_flatten(selector)
     if entries and all(map(_is_entry, entries)):
         return _Spec(tuple(entries), structure)

@@ -20,6 +20,7 @@ from .._optimizers.norms import grad_norms
 from .._optimizers.optimizer import check_structure, Optimizer
 from .._select.selectors import Indices
 from .._tree.cache import Cache
+from .._tree.endless import refuse_endless
 from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import constrain, find_sharding, spread
@@ -182,6 +183,8 @@ class FlatStep:
         """
         if not kwargs and all(map(_is_plain, batch)):
             return self.program, batch
+        for each in (*batch, *kwargs.values()):
+            refuse_endless(each)
         inputs = batch, kwargs
         leaves = jtu.tree_leaves(inputs, is_leaf=_is_module)
         PLAIN.update([type(leaf) for leaf in leaves if isinstance(leaf, jax.Array)])

@@ -5,8 +5,7 @@ import functools as ft
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from types import FunctionType, NoneType
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import equinox as eqx
@@ -14,9 +13,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jax.typing import DTypeLike
 
+from .endless import refuse_endless
 from .types import PyTree
 from .units import attach_unit, make_quantity_test, split_units
 
@@ -67,49 +66,6 @@ class FlatTree:
         units = None if self.units is None else [self.units[i] for i in indices]
         rest = Rest(self.structure, constants, indices, units)
         return Split([self.numbers[i] for i in indices], rest)
-
-
-_DEEPEST = 900  # JAX flattens a little more
-# Types of leaves that are met so often that it would show to ask JAX for their children. Those
-# of arrays, which have no public names, are added when they are seen.
-_LEAVES = {str, int, float, bool, NoneType, FunctionType, np.ndarray}
-
-
-def refuse_endless(tree: PyTree) -> None:
-    """Refuses a pytree that holds itself, after which JAX (0.12) breaks the interpreter.
-
-    It takes a third of the time in which JAX flattens a module.
-    """
-    level: Any = [tree]
-    for _ in range(_DEEPEST):
-        level = {
-            id(child): child
-            for node in level
-            for child in _list_children(node)
-            if type(child) not in _LEAVES
-        }.values()
-        if not level:
-            return
-    raise ValueError(
-        f"A pytree must not hold itself, or be nested more than {_DEEPEST} deep. Got such a "
-        f"`{type(tree).__name__}`."
-    )
-
-
-def _list_children(node: Any) -> Iterable[Any]:
-    node_type = type(node)
-    if node_type is dict:
-        return node.values()
-    if node_type is list or node_type is tuple:
-        return node
-    if eqx.Module in node_type.__mro__:
-        # Also of static fields, in which nothing has a cycle. `vars` takes ten times as long.
-        return object.__getattribute__(node, "__dict__").values()
-    if isinstance(node, jax.Array):
-        _LEAVES.add(node_type)
-        return ()
-    children = jtu.default_registry.flatten_one_level(node)
-    return () if children is None else children[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from .endless import refuse_endless
 from .flat import FlatTree, name_of
 from .types import PyTree
 
@@ -38,6 +39,7 @@ def show(value: object) -> str:
 def print_on_one_line(value: object, **options: Any) -> str | None:
     """As Equinox prints a value, or `None` if that is long."""
     try:
+        refuse_endless(value)
         if len(jtu.tree_leaves(value)) > _MOST_LEAVES:
             return None
         text = " ".join(eqx.tree_pformat(value, width=10_000, **options).split())

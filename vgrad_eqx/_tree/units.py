@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import jax.tree_util as jtu
 from jax.typing import ArrayLike
 
+from .endless import refuse_endless
 from .types import PyTree, Unit
 
 
@@ -30,6 +31,7 @@ def make_quantity_test() -> Callable[[Any], bool]:
 
 def refuse_foreign(tree: PyTree, caller: str) -> None:
     """Refuses quantities of other libraries, whose units would be lost or wrong."""
+    refuse_endless(tree)
     nodes = filter(_is_foreign, jtu.tree_leaves(tree, is_leaf=_is_foreign))
     for node in nodes:
         library = type(node).__module__.partition(".")[0]
