@@ -1,4 +1,5 @@
 import operator
+import re
 from typing import Any
 
 import equinox as eqx
@@ -111,12 +112,40 @@ def test_edges_of_globs(glob, names):
 @pytest.mark.parametrize("second", ["{b,c}", "{b,c,d}"])
 def test_braces_for_more_than_a_thousand_paths_are_refused(second):
     glob = f"{{{','.join(f'a{i}' for i in range(500))}}}{second}"
-    tree = {"a1b": jnp.ones(1), "a1": jnp.ones(1)}
+    tree = {f"a{i}{end}": jnp.ones(1) for i in range(500) for end in ("b", "c", "")}
     if second == "{b,c}":
-        assert list(vg.states(tree, glob)) == ["a1b"]
+        assert len(vg.states(tree, glob)) == 1000
     else:
         with pytest.raises(ValueError, match="braces for more than 1,000 paths"):
             vg.states(tree, glob)
+
+
+@pytest.mark.parametrize(
+    ("glob", "unmatched"),
+    [
+        ("**.{down,upp}", "**.upp"),
+        ("{embed,blocks.{0,1}}", "blocks.1"),
+        ("{embed,none}.{weight,scale}", "embed.scale"),
+        ("blocks.{0,1,2}.{down,up}", "blocks.1.down"),
+    ],
+)
+def test_each_text_in_braces_must_match(glob, unmatched):
+    one = jnp.ones(1)
+    tree = {"embed": {"weight": one}, "blocks": [{"down": one, "up": one}]}
+    tree["none"] = {"weight": one, "bias": None}
+    match = f"matches nothing in the `dict` for '{re.escape(unmatched)}'"
+    with pytest.raises(ValueError, match=match):
+        vg.states(tree, glob)
+    assert list(vg.states(tree, "{embed,none}.{weight,bias}")) == [
+        "embed.weight",
+        "none.weight",
+    ]
+
+
+def test_the_nearest_paths_of_a_name_after_two_stars_are_deep():
+    tree = {"embed": jnp.ones(1), "blocks": [{"attn": {"down": jnp.ones(1)}}]}
+    with pytest.raises(ValueError, match="nearest paths are `blocks.0.attn.down`"):
+        vg.states(tree, "**.dwon")
 
 
 SELECTORS = {

@@ -2,6 +2,7 @@
 
 import functools as ft
 import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from .._tree.text import quote
@@ -21,8 +22,24 @@ def compile_glob(glob: str) -> re.Pattern[str]:
     What a star or `**` passes over is decided once, by `(?>...)`: what comes after it has a
     fixed number of characters or segments, so the first place leaves the most for the rest.
     """
-    choices = [_translate(choice, glob) for choice in _expand_braces(glob)]
+    choices = [_translate(choice, glob) for choice, _ in _expand_braces(glob)]
     return re.compile(f"(?:{'|'.join([re.escape(glob), *choices])})(?:\\..*)?", re.DOTALL)
+
+
+def find_unmatched(glob: str, names: Sequence[str]) -> str | None:
+    """A glob without braces, for an alternative in the braces that matches none of the names.
+
+    Not every combination of alternatives must be there, but each of them in one.
+    """
+    if "{" not in glob:
+        return None
+    if any(name == glob or name.startswith(f"{glob}.") for name in names):
+        return None
+    choices, matched = _expand_braces(glob), set()
+    for choice, taken in choices:
+        if not matched.issuperset(taken) and any(map(compile_glob(choice).fullmatch, names)):
+            matched.update(taken)
+    return next((choice for choice, taken in choices if not matched.issuperset(taken)), None)
 
 
 def _refuse(glob: str, fault: str) -> NoReturn:
@@ -33,26 +50,33 @@ def _refuse(glob: str, fault: str) -> NoReturn:
     )
 
 
-def _expand_braces(glob: str) -> list[str]:
+_Choice = tuple[str, frozenset[int]]
+
+
+def _expand_braces(glob: str) -> list[_Choice]:
+    """The globs without braces, each with the places in `glob` of what it takes from them."""
     # For each brace that is open, the choices before the last comma, and those after it.
-    stack: list[tuple[list[str], list[str]]] = [([], [""])]
-    for token in _TOKEN.findall(glob):
-        before, texts = stack[-1]
+    stack: list[tuple[list[_Choice], list[_Choice]]] = [([], [("", frozenset())])]
+    for token in _TOKEN.finditer(glob):
+        before, choices = stack[-1]
         is_inside = len(stack) > 1
-        if token == "{":
-            stack.append(([], [""]))
-        elif token == "}" and is_inside:
+        start = [("", frozenset([token.end()]))]
+        if token[0] == "{":
+            stack.append(([], start))
+        elif token[0] == "}" and is_inside:
             stack.pop()
-            outer, choices = stack[-1][1], before + texts
-            if len(outer) * len(choices) > _MOST_CHOICES:
+            outer, inner = stack[-1][1], before + choices
+            if len(outer) * len(inner) > _MOST_CHOICES:
                 _refuse(glob, f"braces for more than {_MOST_CHOICES:,} paths")
-            outer[:] = [text + choice for text in outer for choice in choices]
-        elif token == "," and is_inside:
-            stack[-1] = (before + texts, [""])
-        elif token == "}":
+            outer[:] = [
+                (text + more, taken | also) for text, taken in outer for more, also in inner
+            ]
+        elif token[0] == "," and is_inside:
+            stack[-1] = (before + choices, start)
+        elif token[0] == "}":
             _refuse(glob, "a `}` without its `{`")
         else:
-            texts[:] = [text + token for text in texts]
+            choices[:] = [(text + token[0], taken) for text, taken in choices]
     if len(stack) > 1:
         _refuse(glob, "a `{` without its `}`")
     return stack[0][1]

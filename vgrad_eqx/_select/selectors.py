@@ -20,7 +20,7 @@ from .._tree.prompt import AtPrompt
 from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import split_unit
-from .glob import compile_glob
+from .glob import compile_glob, find_unmatched
 
 
 class Selector(AtPrompt, abc.ABC):
@@ -88,12 +88,17 @@ class Path(Selector):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         matches = compile_glob(self.glob).fullmatch
         mask = [matches(name) is not None for name in flat.names]
-        if not any(mask) and not any(map(matches, names_without_leaves(flat.tree))):
-            glob = quote(self.glob, "'")
-            raise ValueError(
-                f"The path {glob} matches nothing in the "
-                f"`{type(flat.tree).__name__}`. {near_misses(self.glob, flat)}"
-            )
+        if not any(mask) or find_unmatched(self.glob, flat.names) is not None:
+            names = [*flat.names, *names_without_leaves(flat.tree)]
+            unmatched = self.glob if not any(map(matches, names)) else None
+            unmatched = unmatched or find_unmatched(self.glob, names)
+            if unmatched is not None:
+                whole = quote(self.glob, "'")
+                raise ValueError(
+                    f"The path {whole} matches nothing in the `{type(flat.tree).__name__}`"
+                    f"{'' if unmatched == self.glob else ' for ' + quote(unmatched, chr(39))}. "
+                    f"{near_misses(unmatched, flat)}"
+                )
         return mask
 
     def __repr__(self) -> str:
@@ -278,8 +283,8 @@ def path(*globs: str) -> Selector:
 
     - `TypeError`, `ValueError`: at once, without a glob or with one that is no string or
         not well-formed.
-    - `ValueError`: on selecting, if one of `globs` matches nothing. The message lists
-        the nearest paths.
+    - `ValueError`: on selecting, if one of `globs` matches nothing, or one of the texts in
+        its braces. The message lists the nearest paths.
 
     **Example:**
 

@@ -88,5 +88,12 @@ def near_misses(text: str, flat: FlatTree) -> str:
     )
     if not names:
         return "It has no leaves."
-    near = difflib.get_close_matches(text[:200], names, n=3, cutoff=0.4)
+    # What comes after `**` is compared with as many last segments.
+    tail = text.removeprefix("**.")
+    num_segments = 0 if tail == text else tail.count(".") + 1
+    tails: dict[str, str] = {}
+    for name in names:
+        tails.setdefault(".".join(name.split(".")[-num_segments:]), name)
+    near = difflib.get_close_matches(tail[:200], tails, n=3, cutoff=0.4)
+    near = [tails[each] for each in near]
     return f"Its nearest paths are {shorten(list(map(quote, near or names)), 3)}."
