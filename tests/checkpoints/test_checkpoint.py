@@ -194,6 +194,66 @@ def test_a_training_over_states_goes_on(path):
     assert float(w.value[0]) < 0.75
 
 
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"x": x, "order": 1}])
+def test_states_that_have_names_are_saved_by_them(path, wrap):
+    def make(order):
+        states = {name: vg.State(wrap(jnp.zeros(2)), name=name) for name in "ab"}
+        w = vg.State(jnp.ones(2))
+
+        def func(x):
+            for name in order:
+                old = states[name].value
+                old = old["x"] if isinstance(old, dict) else old
+                states[name].value = wrap(old + (10 * x if name == "b" else x))
+            return jnp.sum(w.value * x)
+
+        return states, vg.train_step(func, optax.sgd(0.1), {"w": w})
+
+    _, step = make("ab")
+    vg.save(path, step(step.init(), jnp.ones(2))[0])
+    states, step = make("ba")
+    vg.load(path, step.init(batch=(jnp.ones(2),))).sync()
+    a, b = (states[name].value for name in "ab")
+    assert (a["x"] if isinstance(a, dict) else a).tolist() == [1.0, 1.0]
+    assert (b["x"] if isinstance(b, dict) else b).tolist() == [10.0, 10.0]
+
+
+def test_states_that_nobody_has_any_more_are_not_saved(path):
+    w, holder = vg.State(jnp.ones(2)), {}
+
+    def func(x):
+        holder["hidden"].value = holder["hidden"].value + x
+        return jnp.sum(w.value) * jnp.sum(holder["hidden"].value)
+
+    def reset(size):
+        holder["hidden"] = vg.State(jnp.zeros((size, 2)))
+        return jnp.ones((size, 2))
+
+    step = vg.train_step(func, optax.sgd(0.1), {"w": w})
+    state = step.init()
+    for size in (4, 2, 4):
+        state, _ = step(state, reset(size))
+    vg.save(path, state)
+    x = reset(4)
+    step = vg.train_step(func, optax.sgd(0.1), {"w": w})
+    vg.load(path, step.init(batch=(x,))).sync()
+    assert holder["hidden"].value.tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_training_state_of_shapes_is_filled(path, packed):
+    def loss(w, x):
+        return jnp.sum(w["a"] * x) ** 2
+
+    step = vg.train_step(loss, optax.adam(0.1), packed=packed)
+    make = lambda: step.init({"a": jnp.ones(2)})
+    state, _ = step(make(), 2.0)
+    vg.save(path, state)
+    loaded = vg.load(path, jax.eval_shape(make))
+    assert loaded.count == 1
+    assert tree_allclose(step(loaded, 2.0)[0].model, step(state, 2.0)[0].model)
+
+
 def test_ten_milliseconds_never_come_back_as_ten_seconds(path):
     vg.save(path, {"tau": 10.0 * u.ms})
     assert vg.load(path, {"tau": 1.0 * u.msecond})["tau"] == 10.0 * u.ms

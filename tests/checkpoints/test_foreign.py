@@ -278,3 +278,20 @@ def test_other_programs_read_what_is_saved(tmp_path):
     assert loaded["b"].shape == (2, 0)
     assert loaded["n"] == 3
     assert loaded["é"].tolist() == [1.0, 1.0]
+
+
+def test_errors_name_the_next_thing_to_do(tmp_path):
+    path, linear = tmp_path / "file", eqx.nn.Linear(2, 2, key=jr.key(0))
+    with pytest.raises(TypeError, match="must be a pytree.* Got the class `Linear`"):
+        vg.load(path, eqx.nn.Linear)
+    model = eqx.nn.Sequential([linear, eqx.nn.Dropout(0.1)])
+    vg.save(path, vg.states(model))
+    with pytest.raises(ValueError, match=r"vg.load\(path, vg.states\(model\)\)"):
+        vg.load(path, model)
+    assert vg.load(path, vg.states(model)).keys() == vg.states(model).keys()
+    safetensors.numpy.save_file({"weight": np.ones((2, 2), "float32")}, path)
+    shapes = eqx.filter_eval_shape(lambda: linear)
+    with pytest.warns(UserWarning, match="a shape without numbers at `bias`"):
+        vg.load(path, shapes, rename={}, strict=False)
+    with pytest.raises(ValueError, match="shapes instead of arrays"):
+        vg.states(shapes)

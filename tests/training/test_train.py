@@ -464,6 +464,70 @@ def test_leaving_a_with_block_sets_the_states():
     assert int(calls.value) == 4
 
 
+@pytest.mark.parametrize("how", ["jit", "scan", "tree.map"])
+def test_a_with_block_takes_no_other_state_for_the_last(how):
+    w, calls, func = make_states()
+    step = vg.train_step(func, optax.sgd(0.01), [w])
+
+    def advance(state):
+        if how == "jit":
+            return jax.jit(step)(state, 2.0)[0]
+        if how == "scan":
+            return jax.lax.scan(step, state, jnp.array([2.0]))[0]
+        return jax.tree.map(lambda new, old: new, step(state.copy(), 2.0)[0], state)
+
+    def train(*, is_synced, num_more):
+        with step.init(batch=(2.0,)) as state:
+            state = advance(state)
+            if is_synced:
+                state.sync()
+            for _ in range(num_more):
+                state, _ = step(state, 2.0)
+        return state
+
+    with pytest.raises(RuntimeError, match=r"cannot tell which .* call `state.sync\(\)`"):
+        train(is_synced=False, num_more=0)
+    assert int(calls.value) == 0
+    train(is_synced=True, num_more=0)
+    assert int(calls.value) == 1
+    train(is_synced=False, num_more=2)
+    assert int(calls.value) == 4
+
+
+def test_a_copy_goes_on_in_a_with_block():
+    w, calls, func = make_states()
+    step = vg.train_step(func, optax.sgd(0.01), [w])
+    with step.init() as state:
+        state, _ = step(state, 2.0)
+        state, _ = step(state.copy(), 2.0)
+        sums = jax.tree.map(jnp.sum, state)  # nobody's state any more
+        del sums
+    assert int(calls.value) == 2
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_whole_training_over_states_under_jit(inside):
+    (w, calls, func), (other, _, other_func) = make_states(), make_states()
+    step = vg.train_step(func, optax.adam(0.1), {"w": w})
+
+    @jax.jit
+    def train(xs):
+        state, _ = jax.lax.scan(step, step.init(batch=(xs[0],)), xs)
+        if inside:
+            state.sync()
+        return state
+
+    state = train(jnp.full(3, 2.0))
+    if not inside:
+        state.sync()
+    by_steps = vg.train_step(other_func, optax.adam(0.1), {"w": other})
+    with by_steps.init() as state:
+        for _ in range(3):
+            state, _ = by_steps(state, 2.0)
+    assert tree_allclose(w.value, other.value)
+    assert int(calls.value) == 3
+
+
 def test_states_are_traced_twice_at_most():
     # Once to find out which states the function uses, and once with their values.
     w, _, func = make_states()

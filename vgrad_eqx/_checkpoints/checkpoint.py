@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
 from .._tree.state import read, refuse_brainstate, State, write
-from .._tree.text import check_flag, quote
+from .._tree.text import check_flag, quote, shorten
 from .._tree.types import PyTree
 from .._tree.units import refuse_foreign, split_unit
 from .archive import Tensor, write_archive
@@ -154,6 +154,12 @@ def load(
         ValueError: `load(like=...)` must be like the checkpoint. There is float32[] in s at \
 `tau`, and float32[] in ms in the file. Pass `strict=False` to load what fits.
     """
+    if isinstance(like, type):
+        raise TypeError(
+            "`load(like=...)` must be a pytree, such as a model. Got the class "
+            f"`{like.__name__}`. Make a model of it, or the shapes of one by "
+            "`eqx.filter_eval_shape`."
+        )
     check_flag(strict, "load(strict=...)")
     check_flag(cast, "load(cast=...)")
     refuse_foreign(like, "load(like=...)")
@@ -175,16 +181,26 @@ def load(
             for _ in source.read(()):  # is it damaged?
                 pass
             raise ValueError(
-                f"`load(like=...)` must be like the checkpoint. There is {differences}. Pass "
-                f"`strict=False` to load what fits.{differences.hint}"
+                f"`load(like=...)` must be like the checkpoint. There is {differences}."
+                f"{differences.hint} Pass `strict=False` to load what fits."
             )
         loaded = _read(source, differences.fitting, items, wanted)
     if differences:
         warnings.warn(
-            f"`load(strict=False)` has left out what does not fit. There is {differences}.",
+            f"`load(strict=False)` has left out what does not fit. There is {differences}."
+            f"{differences.hint}{_name_shapes(items, loaded)}",
             stacklevel=2,
         )
     return _collect(like, flat.unflatten(_fill(flat.leaves, items, loaded)))
+
+
+def _name_shapes(items: Mapping[str, tuple[int, Any]], loaded: Mapping[str, Any]) -> str:
+    shapes = [
+        quote(name)
+        for name, (_, leaf) in items.items()
+        if name not in loaded and isinstance(split_unit(leaf)[0], jax.ShapeDtypeStruct)
+    ]
+    return f" What is left is a shape without numbers at {shorten(shapes)}." if shapes else ""
 
 
 def _read(

@@ -74,6 +74,11 @@ class Differences:
     @property
     def hint(self) -> str:
         hint = " Pass `cast=True` to convert dtypes." if self._castable else ""
+        if self._missing and all(entry.is_python for _, _, entry in self._missing):
+            hint += (
+                " These are numbers of the model beside its arrays. To load the arrays alone, "
+                "use `vg.replace_states(model, vg.load(path, vg.states(model)))`."
+            )
         if any("others." in name for name, _, _ in self._missing) or any(
             "others." in name for name in self._left_over
         ):

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     unit: list[str] | None
 
     def fits(self, other: "Entry") -> bool:
-        if self.kind == other.kind and self.kind.startswith("Python") and self.is_integer:
+        if self.kind == other.kind and self.is_python and self.is_integer:
             return other.is_integer  # whatever its size
         # Of a unit, its size and its dimension count, and not how it is written.
         ours, theirs = (self.unit or [])[1:], (other.unit or [])[1:]
@@ -42,12 +42,16 @@ class Entry(NamedTuple):
         return rank >= other_rank and self.fits(other._replace(dtype=self.dtype))
 
     @property
+    def is_python(self) -> bool:
+        return self.kind.startswith("Python")
+
+    @property
     def is_integer(self) -> bool:
         """Whether it is written as a Python int is, in 64 bits or in bytes."""
         return self[1:3] == ("int64", ()) or (self.dtype == "uint8" and len(self.shape) == 1)
 
     def __str__(self) -> str:
-        if self.kind.startswith("Python"):
+        if self.is_python:
             return f"a {self.kind}"
         text = f"{self.dtype}[{','.join(map(str, self.shape))}]"
         if self.kind != "array":

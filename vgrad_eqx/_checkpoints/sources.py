@@ -97,7 +97,8 @@ class Source:
 
 def make_error(path: str, reason: str) -> ValueError:
     return ValueError(
-        f"`load(path=...)` must be a checkpoint that `vg.save` has written. Got {path!r}. "
+        "`load(path=...)` must be a checkpoint that `vg.save` has written, or with `rename` a "
+        f"safetensors file. Got {path!r}. "
         f"{reason}."
     )
 

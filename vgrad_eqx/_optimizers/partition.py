@@ -141,6 +141,12 @@ def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
                 # Only a call tells what those inside of an `optax.chain` take.
                 refused = extra_args.keys() & _find_refused(error)
                 if not refused:
+                    if "required keyword-only argument" in str(error):
+                        error.add_note(
+                            "The transformation takes extra arguments: pass them by "
+                            "`opt.step(model, var_grads, value=value, grad=var_grads, ...)`. "
+                            "`vg.train_step` passes these and `value_fn` by itself."
+                        )
                     raise
                 for name in refused:
                     del extra_args[name]

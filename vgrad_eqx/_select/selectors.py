@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 import numpy as np
 
@@ -477,6 +478,8 @@ def _describe_choice(flat: FlatTree) -> str:
     names = [quote(flat.names[i]) for i in flat.differentiable]
     empty = list(map(quote, names_without_leaves(flat.tree)))
     choice = f"Its inexact arrays are {shorten(names, 3)}." if names else "It has none."
+    if not names and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in flat.numbers):
+        return "It has shapes instead of arrays. Make the arrays before."
     return f"{choice} There is nothing at {shorten(empty, 3)}." if empty else choice
 
 

@@ -24,7 +24,7 @@ from .._tree.endless import refuse_endless
 from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import constrain, find_sharding, spread
-from .._tree.state import State, write
+from .._tree.state import is_traced, read, State, write
 from .._tree.text import show
 from .._tree.types import PyTree
 from .._tree.units import attach_unit, find_factors, scale_number, split_unit
@@ -158,7 +158,9 @@ class FlatStep:
             Packing(_list_kinds(carry, optimizer), arrays) if options.packed else None
         )
         self._has_aux = options.has_aux or nn_state is not None
-        self._func = make_loss(options.func, self._has_aux) if states is None else states
+        self._func = states
+        if states is None:
+            self._func = make_loss(options.func, options.has_aux, nn_state is not None)
         self._transform = make_transform(
             Operator("train_step", pull_back, adds_up=True),
             lambda *args, **kwargs: self._func(*args, **kwargs),
@@ -418,7 +420,10 @@ class FlatStep:
         refs = [*trained, *self.states.others, *memory.refs]
         arrays = [*params, *carry.nn_state, *jtu.tree_leaves(optimizer)]
         for ref, array in zip(refs, arrays, strict=True):
-            write(ref, jax.device_put(array, ref.sharding), "A state")
+            if not is_traced(ref):
+                write(ref, jax.device_put(array, ref.sharding), "A state")
+            elif is_any_traced([array]):
+                write(ref, array, "A state")
 
     def to_tree(self, leaves: Sequence[Any], frozen: Sequence[Any]) -> dict[str, Any]:
         """All arrays by name, for a checkpoint."""
@@ -430,7 +435,9 @@ class FlatStep:
             model: {self._names[i]: arrays[i] for i in sorted(arrays)},
             "opt_state": carry.opt_state,
             "key": [self._wrap_key([data]) for data in carry.key],
-            others: carry.nn_state,
+            others: carry.nn_state
+            if self.states is None
+            else {name: carry.nn_state[i] for name, i in self.states.name_others().items()},
         }
 
     def from_tree(self, tree: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
@@ -439,14 +446,24 @@ class FlatStep:
         params = [tree[model][self._names[i]] for i in self._chosen]
         keys = [data for key in tree["key"] for data in _strip_key(key)]
         frozen = [tree[model][self._names[i]] for i in self._frozen]
-        return self._write(Carry(params, tree["opt_state"], keys, tree[others])), frozen
+        nn_state = tree[others]
+        if self.states is not None:
+            nn_state = list(map(read, self.states.others))
+            for name, i in self.states.name_others().items():
+                nn_state[i] = tree[others][name]
+        return self._write(Carry(params, tree["opt_state"], keys, nn_state)), frozen
 
     @property
     def _tree_keys(self) -> tuple[str, str]:
         return ("model", "nn_state") if self.states is None else ("states", "others")
 
     def _read(self, leaves: Sequence[Any]) -> Carry:
-        arrays = list(leaves) if self._packing is None else _unpack(self._packing, leaves)
+        arrays = list(leaves)
+        if self._packing is not None:
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+                arrays = jax.eval_shape(self._packing.unpack, leaves)
+            else:
+                arrays = _unpack(self._packing, leaves)
         return jtu.tree_unflatten(self._carry, arrays)
 
     def _write(self, carry: Carry) -> tuple[Any, ...]:

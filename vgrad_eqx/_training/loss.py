@@ -10,8 +10,15 @@ from .._tree.text import show
 from .._tree.units import split_unit
 
 
-def make_loss(func: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """`func`, whose value must be one array or Quantity."""
+def make_loss(
+    func: Callable[..., Any], has_aux: bool, has_nn_state: bool = False
+) -> Callable[..., Any]:
+    """`func`, whose value must be one array or Quantity, beside the rest that is asked for."""
+    wanted, reason = "(value, aux)", "by `has_aux=True`"
+    if has_nn_state:
+        wanted = "(value, (nn_state, aux))" if has_aux else "(value, nn_state)"
+        reason = "because the state was made by `init(..., nn_state=...)`"
+    is_pair = has_aux or has_nn_state
 
     def loss(*args: object, **kwargs: object) -> Any:
         try:
@@ -25,14 +32,22 @@ def make_loss(func: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
                     "`step(state, *batch, **kwargs)`."
                 )
             raise
-        is_pair = has_aux and isinstance(out, tuple | list) and len(out) == 2
+        if is_pair and not (isinstance(out, tuple | list) and len(out) == 2):
+            raise TypeError(
+                f"`train_step(func=...)` must return a pair `{wanted}`, {reason}. Got "
+                f"{show(out)}."
+            )
         value = out[0] if is_pair else out
         if not eqx.is_array_like(split_unit(value)[0]):
+            hint = (
+                f"As `func` must return a pair, return `{wanted}`."
+                if is_pair
+                else "To return more than that, return `(value, aux)` and pass `has_aux=True`; "
+                "for an `equinox.nn.State`, use `step.init(model, nn_state=nn_state)`."
+            )
             raise TypeError(
                 "`train_step(func=...)` must return one array or Quantity, the loss or a "
-                f"vector of losses. Got {show(value)}. To return more than that, "
-                "return `(value, aux)` and pass `has_aux=True`; for an `equinox.nn.State`, use "
-                "`step.init(model, nn_state=nn_state)`."
+                f"vector of losses. Got {show(value)}. {hint}"
             )
         return out
 

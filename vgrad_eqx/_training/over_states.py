@@ -1,14 +1,15 @@
 """A function over states by reference, as a function of their values."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from .._optimizers.state_optimizer import StateOptimizer
 from .._references.overlay import call_with
-from .._tree.state import read
+from .._tree.flat import FlatTree
+from .._tree.state import find_stand_in, read, State
 from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 from .loss import make_loss
@@ -33,6 +34,8 @@ class StateFunction:
         self._values = values = optimizer.find_values()
         self.trained = dict(zip(values.names, values.refs.values(), strict=True))
         self.others: list[jax.Ref] = []
+        # The `vg.State` of each of these, weakly, or `None` of a bare reference.
+        self.owners: list[Callable[[], State | None] | None] = []
         self._options = options
         self._func = make_loss(options.func, options.has_aux)
 
@@ -57,7 +60,24 @@ class StateFunction:
         new = [ref for ref in unknown.refs if id(ref) not in known]
         extended = copy.copy(self)
         extended.others = [*self.others, *new]
+        owners = [None if each is None else each.state for each in map(find_stand_in, new)]
+        extended.owners = [*self.owners, *owners]
         return extended, list(map(read, new))
+
+    def name_others(self) -> dict[str, int]:
+        """The places of the other references by name, or in their order where they have none.
+
+        A state that nobody has any more is left out.
+        """
+        states = [None if owner is None else owner() for owner in self.owners]
+        places = [
+            i for i, owner in enumerate(self.owners) if owner is None or states[i] is not None
+        ]
+        names = [_find_name(self.others[i], states[i]) for i in places]
+        return {
+            name if name and names.count(name) == 1 else str(k): places[k]
+            for k, name in enumerate(names)
+        }
 
     def __call__(
         self, params: dict[str, Any], others: Sequence[Any], *batch: PyTree, **kwargs: object
@@ -79,3 +99,12 @@ class StateFunction:
             if id(ref) in called.finals
         }
         return value, ([values[id(ref)] for ref in self.others], (aux, written))
+
+
+def _find_name(ref: jax.Ref, state: State | None) -> str | None:
+    if state is None or state.name is None:
+        return None
+    value = FlatTree(state.content.combine())
+    pairs = zip(value.names, value.leaves, strict=True)
+    path = next(name for name, leaf in pairs if split_unit(leaf)[0] is ref)
+    return ".".join(filter(None, (state.name, path)))

@@ -1,6 +1,7 @@
 """What a training step takes and returns."""
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Self, TypeVar
 
@@ -28,8 +29,8 @@ class TrainState(AtPrompt, Generic[_M]):
     of those arrays and of the count, so `jax.lax.scan`, `jax.tree.map` and the like take it.
 
     Over states by reference, it carries their values, and the states have old ones meanwhile.
-    `sync()` sets them; so does the end of a `with` block, for the latest state that was made
-    of the one that it was entered with.
+    `sync()` sets them; so does the end of a `with` block, to those of the last step in it, or
+    of the last `sync()`. What is set in a state meanwhile does not reach the steps.
 
     **Arguments:**
 
@@ -49,7 +50,8 @@ class TrainState(AtPrompt, Generic[_M]):
 
     **Raises:**
 
-    - `RuntimeError`: for a property of a state that a step has taken over.
+    - `RuntimeError`: for a property of a state that a step has taken over; at the end of a
+        `with` block whose last state JAX or [`vgrad_eqx.load`][] has made, until `sync()`.
     - `TypeError`: for `model` and `nn_state` over states by reference, and for `sync` and
         `with` over a module.
 
@@ -65,7 +67,7 @@ class TrainState(AtPrompt, Generic[_M]):
     """
 
     # Few, because setting each takes a share of the time of a step.
-    __slots__ = ("_is_rebuilt", "_model", "count", "leaves", "training")
+    __slots__ = ("__weakref__", "_is_rebuilt", "_model", "count", "leaves", "training")
 
     _inner = frozenset(
         ["check", "from_tree", "is_donated", "leaves", "take_over", "to_tree", "training"]
@@ -128,22 +130,32 @@ class TrainState(AtPrompt, Generic[_M]):
             self.training.flat_step.sync(self.leaves, self.count, self.training.memory)
         finally:
             release()
+        if self.training.history is not None:
+            self.training.history.add(self)
 
     def __enter__(self) -> Self:
         self._check_kind(True, "with")
         if self.training.history is None:
             History(0).attach(self.training)
         assert self.training.history is not None
-        self.training.history.latest = self
+        self.training.history.add(self)
+        _entered[self.training.memory] = self.training.history
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         assert self.training.history is not None
-        latest, kept = self.training.history.latest, self.training.history.kept
-        if error is None or _is_good(latest):
-            latest.sync()
-        elif _is_good(kept):
-            kept.sync()
+        history = _entered.pop(self.training.memory, self.training.history)
+        if error is None and history.rebuilt:
+            raise RuntimeError(
+                "The end of `with` cannot tell which `TrainState` is the last one, because one "
+                "was made by `jax.jit`, `jax.lax.scan`, `jax.tree.map` or `vg.load`, and no "
+                "step has taken it since. The states by reference are as they were before: "
+                "call `state.sync()` of the last one."
+            )
+        if error is None or _is_good(history.latest):
+            history.latest.sync()
+        elif _is_good(history.kept):
+            history.kept.sync()
 
     def check(self) -> None:
         """Refuses a state that was taken over."""
@@ -151,13 +163,16 @@ class TrainState(AtPrompt, Generic[_M]):
             raise RuntimeError(
                 "This `TrainState` was donated to a step, which has taken over its arrays. Go "
                 "on with the state that the step returned: `state, metrics = step(state, "
-                "*batch)`. To keep one, take its `model`, or save it by `vg.save`."
+                "*batch)`. To keep one, take its `copy()` or its `model` before, or save it by "
+                "`vg.save`."
             )
 
     def to_tree(self) -> dict[str, Any]:
         """All arrays by name, for a checkpoint."""
         self.check()
-        count = self.count if jnp.ndim(self.count) else int(self.count)
+        count = self.count
+        if not jnp.ndim(count):
+            count = 0 if isinstance(count, jax.ShapeDtypeStruct) else int(count)
         flat_step, frozen = self.training.flat_step, self.training.frozen
         return {"count": count, **flat_step.to_tree(self.leaves, frozen)}
 
@@ -165,7 +180,7 @@ class TrainState(AtPrompt, Generic[_M]):
         """A state like this one, of such arrays."""
         flat_step, memory = self.training.flat_step, self.training.memory
         leaves, frozen = flat_step.from_tree(tree)
-        return type(self)(Training.begin(flat_step, frozen, memory), leaves, tree["count"])
+        return _rebuild(flat_step, frozen, memory, leaves, tree["count"])
 
     @property
     def is_donated(self) -> bool:
@@ -177,7 +192,7 @@ class TrainState(AtPrompt, Generic[_M]):
             del self._model
         self.leaves, self.count = leaves, self.count + self.training.flat_step.steps_per_call
         if self.training.history is not None:
-            self.training.history.latest = self
+            self.training.history.add(self)
 
     def copy(self) -> Self:
         """A state of its own, which lives on when a step takes over this one."""
@@ -232,30 +247,52 @@ class Training:
     @classmethod
     def begin(cls, flat_step: FlatStep, frozen: Any, memory: Any) -> "Training":
         training, keep_every = cls(flat_step, frozen, memory), flat_step.options.keep_every
-        if keep_every:
-            History(keep_every).attach(training)
+        history = None if memory is None else _entered.get(memory)
+        if history is None and keep_every:
+            history = History(keep_every)
+        if history is not None:
+            history.attach(training)
         return training
 
 
 class History:
-    """What is known of the states that were made of one another."""
+    """What is known of the states that were made of one another.
+
+    Of those that no step has made since the `latest`, only that there are any.
+    """
 
     def __init__(self, keep_every: int):
         self._keep_every = keep_every
         self.latest: Any = None
         self.kept: Any = None
+        self.rebuilt: weakref.WeakSet[TrainState] = weakref.WeakSet()
+
+    def add(self, state: TrainState) -> None:
+        """Takes a state for the latest."""
+        if not is_any_traced(state.leaves):
+            self.latest = state
+            self.rebuilt.clear()
+
+    def add_rebuilt(self, state: TrainState) -> None:
+        if all(type(leaf) in CONCRETE for leaf in state.leaves):
+            self.rebuilt.add(state)
 
     def attach(self, training: Training) -> None:
         training.history, training.make_next = self, self._make_next
 
     def _make_next(self, training: Training, leaves: Any, count: Any) -> TrainState:
-        self.latest = state = TrainState(training, leaves, count)
+        state = TrainState(training, leaves, count)
+        self.add(state)
         if self._keep_every and not is_any_traced(leaves):
             before = count - training.flat_step.steps_per_call
             if before // self._keep_every < count // self._keep_every:
                 # It waits for the values, so that only those of a good step are kept.
                 self.kept = jax.block_until_ready(state.copy())
         return state
+
+
+# The histories of the states that a `with` block is about, by the state of their optimizer.
+_entered: weakref.WeakKeyDictionary[Any, History] = weakref.WeakKeyDictionary()
 
 
 def _is_good(state: TrainState | None) -> bool:
@@ -288,8 +325,16 @@ def _flatten(state: TrainState) -> tuple[Any, Any]:
 
 def _unflatten(common: Any, children: PyTree) -> TrainState:
     (flat_step, memory), (leaves, frozen, count) = common, children
-    state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
+    state = _rebuild(flat_step, frozen, memory, leaves, count)
     state._is_rebuilt = True  # noqa: SLF001
+    return state
+
+
+def _rebuild(flat_step: FlatStep, frozen: Any, memory: Any, leaves: Any, count: Any) -> Any:
+    """A state that no step has made."""
+    state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
+    if state.training.history is not None:
+        state.training.history.add_rebuilt(state)
     return state
 
 

@@ -307,9 +307,15 @@ class _Trainer:
         if state.training.flat_step.owner is not self:
             raise ValueError(
                 "A training step takes a state of its own. Got one of another `train_step`. "
-                "Make one by `step.init(state.model, optimizer=state.optimizer)`."
+                "Make one by `step.init(state.model, optimizer=state.optimizer)`, with "
+                "`key=state.key` and `nn_state=state.nn_state` where it has these."
             )
         state.check()
+
+
+# What Python says of a wrong call.
+_Trainer.init.__qualname__ = "TrainStep.init"
+_Trainer.lower.__qualname__ = "TrainStep.lower"
 
 
 def _make_step(trainer: _Trainer) -> TrainStep:

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import wadler_lindig as wl
 
 from .text import print_on_one_line
+from .types import PyTree
 
 
 class AtPrompt:
@@ -34,18 +35,34 @@ def brief(value: object) -> str:
     name = getattr(value, "__qualname__", None)
     if isinstance(name, str) and callable(value) and not isinstance(value, AtPrompt):
         return name
-    if isinstance(value, jax.Array) and _is_known_number(value):
-        return str(value)
-    text = print_on_one_line(value, struct_as_array=True)
+    text = print_on_one_line(_show_numbers(value), struct_as_array=True)
     if text is not None:
         return text
     size = "" if jtu.all_leaves([value]) else f" of {len(jtu.tree_leaves(value)):,} leaves"
     return f"{type(value).__name__}{size}"
 
 
-def _is_known_number(array: jax.Array) -> bool:
-    is_number = jnp.issubdtype(array.dtype, jnp.number) and array.ndim == 0
-    return is_number and not isinstance(array, jax.core.Tracer) and not array.is_deleted()
+class _Shown(str):
+    """A text that is printed without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _show_numbers(value: PyTree) -> PyTree:
+    """The numbers in a dict of a few arrays, or in one, instead of their dtypes."""
+    if not isinstance(value, jax.Array | dict) or len(jtu.tree_leaves(value)) > _MOST_NUMBERS:
+        return value
+    return jtu.tree_map(lambda x: _Shown(x) if _is_known_number(x) else x, value)
+
+
+_MOST_NUMBERS = 8
+
+
+def _is_known_number(leaf: object) -> bool:
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    return jnp.issubdtype(leaf.dtype, jnp.number) and not leaf.ndim and not leaf.is_deleted()
 
 
 def write_call(name: str, *args: object, **options: object) -> str:

@@ -260,10 +260,10 @@ def is_evaluating() -> bool:
 class _StandInTrace(jax.core.Trace):
     def __init__(self, state: State):
         super().__init__()
-        self._state = weakref.ref(state)
+        self.state = weakref.ref(state)
 
     def describe(self) -> str:
-        state = self._state()
+        state = self.state()
         return "A state" if state is None else repr(state)
 
     def is_valid(self) -> bool:
@@ -285,12 +285,13 @@ class StandIn(jax.core.Tracer):
     evaluates the function knows the value.
     """
 
-    __slots__ = ("describe", "ref")
+    __slots__ = ("describe", "ref", "state")
 
     def __init__(self, ref: jax.Ref, state: State):
         trace = _StandInTrace(state)
         super().__init__(trace, jax.typeof(ref).inner_aval)
         self.ref = ref
+        self.state = trace.state
         self.describe = trace.describe
         _stand_ins[id(ref)] = self
 
