@@ -413,6 +413,43 @@ def test_steps_do_not_wait():
         run(step, state, 3)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda value, nn_state: value,
+            r"return a pair `\(value, nn_state\)`, because .* Got f32",
+        ),
+        (lambda value, nn_state: (nn_state, value), r"return `\(value, nn_state\)`\."),
+    ],
+)
+def test_an_output_without_its_state_is_refused(change, match):
+    def make(key):
+        return eqx.nn.BatchNorm(2, "batch", mode="batch")
+
+    def loss(model, nn_state, x):
+        batched = jax.vmap(lambda x: model(x, nn_state), axis_name="batch", out_axes=(0, None))
+        y, nn_state = batched(x)
+        return change(jnp.mean(y**2), nn_state)
+
+    model, nn_state = eqx.nn.make_with_state(make)(jr.key(0))
+    step = vg.train_step(loss, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=match):
+        step(step.init(model, nn_state=nn_state), jnp.ones((4, 2)))
+
+
+def test_metrics_show_their_numbers():
+    metrics = vg.Metrics(jnp.array(2.0), {"a": jnp.array(0.5), "b": jnp.ones(3)}, None)
+    assert repr(metrics) == "Metrics(value=2.0, aux={'a': 0.5, 'b': f32[3]})"
+
+
+def test_a_line_search_without_its_arguments_says_how_to_pass_them():
+    opt = vg.Optimizer(optax.lbfgs(), {"w": jnp.ones(2)})
+    with pytest.raises(TypeError, match="'value_fn'") as info:
+        opt.step({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+    assert "opt.step(model, var_grads, value=value" in "".join(info.value.__notes__)
+
+
 # Over states by reference
 
 

@@ -1,7 +1,7 @@
 """What objects look like at the prompt."""
 
 from collections.abc import Iterable, Set
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.core
@@ -10,7 +10,6 @@ import jax.tree_util as jtu
 import wadler_lindig as wl
 
 from .text import print_on_one_line
-from .types import PyTree
 
 
 class AtPrompt:
@@ -49,11 +48,11 @@ class _Shown(str):
     __repr__ = str.__str__
 
 
-def _show_numbers(value: PyTree) -> PyTree:
-    """The numbers in a dict of a few arrays, or in one, instead of their dtypes."""
-    if not isinstance(value, jax.Array | dict) or len(jtu.tree_leaves(value)) > _MOST_NUMBERS:
-        return value
-    return jtu.tree_map(lambda x: _Shown(x) if _is_known_number(x) else x, value)
+def _show_numbers(value: Any) -> Any:
+    """The numbers in a short dict of arrays, or in one, instead of their dtypes."""
+    if type(value) is dict and len(value) <= _MOST_NUMBERS:
+        return {key: _show_numbers(each) for key, each in value.items()}
+    return _Shown(value) if _is_known_number(value) else value
 
 
 _MOST_NUMBERS = 8
