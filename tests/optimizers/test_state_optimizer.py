@@ -1,5 +1,7 @@
 """Optax transformations on states by reference."""
 
+import itertools
+
 import brainunit as u
 import jax
 import jax.numpy as jnp
@@ -151,3 +153,27 @@ def test_wrong_gradients(name, grads):
     with pytest.raises(ValueError, match=match):
         opt.step(wrong)
     assert int(opt.count) == 0
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_an_interrupt_in_a_step_leaves_everything_as_it_was(monkeypatch, at):
+    states = {"a": vg.State(jnp.ones(2)), "b": vg.State(jnp.ones(2))}
+    opt = vg.StateOptimizer(optax.sgd(0.1, momentum=0.9), states)
+    grads = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    swap, calls = jax.ref.swap, itertools.count()
+
+    def interrupt(*args):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return swap(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.ref, "swap", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step(grads)
+    assert int(opt.count) == 0
+    for state in states.values():
+        assert state.value.tolist() == [1.0, 1.0]
+    opt.step(grads)
+    assert int(opt.count) == 1
+    assert tree_allclose(states["b"].value, jnp.full(2, 0.9))

@@ -15,7 +15,7 @@ from .._select.grad_states import parse_grad_states
 from .._tree.endless import refuse_endless
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import spread
-from .._tree.state import is_reference, refuse_brainstate, State, write
+from .._tree.state import is_reference, refuse_brainstate, State, write_all
 from .._tree.text import show
 from .._tree.types import PyTree
 from .._tree.units import split_unit
@@ -151,9 +151,9 @@ class StateOptimizer(AtPrompt, eqx.Module):
         old = self.memory.value
         params, optimizer = advance(old, params, grads, extra_args, caller)
         check_structure(old, optimizer, "StateOptimizer", "Use `vg.Optimizer` for it.")
-        self.memory.value = optimizer
-        for ref, name in zip(values.refs.values(), values.names, strict=True):
-            write(ref, split_unit(params[name])[0], f"The state `{name}`")
+        numbers = [split_unit(params[name])[0] for name in values.names]
+        refs = [*values.refs.values(), *self.memory.refs]
+        write_all(refs, [*numbers, *jtu.tree_leaves(optimizer)])
 
     def find_values(self) -> StateValues:
         """The references in the states, and their values."""
