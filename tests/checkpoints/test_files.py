@@ -174,11 +174,18 @@ def test_a_folder_that_cannot_be_read(path, monkeypatch):
     check_old(path)
 
 
-def test_a_device_is_not_replaced(path):
+def test_a_pipe_is_neither_replaced_nor_waited_for(path):
     os.mkfifo(path)
-    with pytest.raises(OSError, match="It is no file, and must not be replaced"):
+    with pytest.raises(OSError, match="must be the path of a regular file"):
         vg.save(path, OLD)
+    with pytest.raises(OSError, match="must be the path of a regular file"):
+        vg.load(path, OLD)
     assert stat.S_ISFIFO(path.stat().st_mode)
+
+
+def test_no_path_has_a_null():
+    with pytest.raises(ValueError, match="must be the path of a file"):
+        vg.save("a\0b", OLD)
 
 
 def _save_often(path, number):

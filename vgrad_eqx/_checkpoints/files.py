@@ -16,13 +16,16 @@ def check_path(path: object, caller: str) -> str:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"`{caller}` must be a path. Got {show(path)}.")
     path = os.fsdecode(path)
-    if not path:
+    if not path or "\0" in path:
         raise ValueError(f"`{caller}` must be the path of a file. Got {path!r}.")
     if os.path.isdir(path):
         raise IsADirectoryError(
             f"`{caller}` must be the path of a file. Got the folder {path!r}. Add the name of "
             "a file."
         )
+    if os.path.exists(path) and not os.path.isfile(path):
+        # A pipe would be waited for, and a device replaced.
+        raise OSError(errno.EINVAL, f"`{caller}` must be the path of a regular file", path)
     return os.path.realpath(path)
 
 
@@ -36,8 +39,6 @@ def replace_file(path: str) -> Iterator[BinaryIO]:
     part = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.part")
     try:
         old = os.stat(path) if os.path.exists(path) else None
-        if old is not None and not stat.S_ISREG(old.st_mode):
-            raise OSError(errno.EINVAL, "It is no file, and must not be replaced")
         descriptor, is_named = _open_new(part)
         with open(descriptor, "wb") as file:
             if old is not None and os.chmod in os.supports_fd:
