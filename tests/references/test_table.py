@@ -267,7 +267,10 @@ CONSTRUCTS = {
     "fft": lambda get, x: jnp.abs(jnp.fft.fft(x * get())),
     "solve": lambda get, x: jnp.linalg.solve(jnp.diag(get() + 3), x),
     "cg": lambda get, x: jax.scipy.sparse.linalg.cg(lambda v: v * (get() ** 2 + 2), x)[0],
-    "gmres": lambda get, x: jax.scipy.sparse.linalg.gmres(lambda v: v * (get() + 3), x)[0],
+    # To the last digit, or the check of `elementwise_grad` sees the tolerance of the solver.
+    "gmres": lambda get, x: jax.scipy.sparse.linalg.gmres(
+        lambda v: v * (get() + 3), x, tol=1e-7
+    )[0],
     "returned by jit": lambda get, x: jax.jit(lambda: get())() * x,
     "where": lambda get, x: jnp.where(get() > 0, x * get(), get()),
     "filter_jit": simple(eqx.filter_jit),
