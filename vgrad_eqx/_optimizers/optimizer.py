@@ -1,12 +1,13 @@
 """Optax transformations that update the chosen leaves of a module, or states by reference."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import optax
 from jax.typing import ArrayLike
 
 from .._select.selectors import as_selector, select, SelectorLike
@@ -16,16 +17,15 @@ from .._tree.prompt import AtPrompt, write_call
 from .._tree.text import near_misses, quote, shorten, show
 from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
+from .entries import carry_over, Entry, locate
 from .fingerprint import Fingerprinted
 from .hyperparams import is_hyperparam, read_hyperparams, write_hyperparams
 from .partition import (
     assign,
-    carry_over,
     check_tx,
-    Entry,
     Groups,
+    GroupStates,
     keep_dtypes,
-    locate,
     make_partition,
     map_extra_args,
     strengthen,
@@ -218,8 +218,8 @@ def advance(
     flat = FlatTree(model)
     indices = _find(flat, opt.names)
     params = {name: flat.leaves[i] for i, name in zip(indices, opt.names, strict=True)}
-    with_units = _find_unitful(opt.opt_state)
-    grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
+    units = _find_units(opt.opt_state)
+    grads = _parse_grads(var_grads, params, units, f"{caller}(var_grads=...)")
 
     def rebuild(params: dict[str, Any]) -> Any:
         values = [params[name] for name in opt.names]
@@ -228,13 +228,13 @@ def advance(
     extra_args = map_extra_args(
         extra_args,
         rebuild,
-        lambda grads: _parse_grads(grads, params, with_units, f"{caller}(grad=...)"),
+        lambda grads: _parse_grads(grads, params, units, f"{caller}(grad=...)"),
     )
     transformation = _find_transformation(opt)
     try:
         updates, opt_state = transformation.update(grads, opt.opt_state, params, **extra_args)
     except Exception as error:
-        _check_state(opt, params, error)
+        _check_state(opt, params, units, error)
         raise
     opt_state = keep_dtypes(opt.opt_state, opt_state)
     new = [
@@ -257,8 +257,14 @@ def _replace(opt: _O, opt_state: PyTree, count: jax.Array) -> _O:
     return jtu.tree_unflatten(structure, [opt_state, count])
 
 
-def _check_state(opt: Optimizer, params: dict[str, Any], error: Exception) -> None:
+def _check_state(
+    opt: Optimizer, params: dict[str, Any], units: dict[str, Any], error: Exception
+) -> None:
     """Says so if an error comes from the state of another selection."""
+    params = {
+        name: attach_unit(split_unit(leaf)[0], units[name]) if name in units else leaf
+        for name, leaf in params.items()
+    }
     expected = jtu.tree_structure(jax.eval_shape(_find_transformation(opt).init, params))
     if jtu.tree_structure(opt.opt_state) != expected:
         raise ValueError(
@@ -295,30 +301,47 @@ def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
     return [places[name] for name in names]
 
 
-def _find_unitful(opt_state: PyTree) -> set[str]:
-    """The paths of the parameters of which optax does not see the units."""
+def _find_units(opt_state: PyTree) -> dict[str, Any]:
+    """For the parameters whose units no transformation has to know, these units."""
+    match opt_state:
+        case UnitfulState():
+            return dict(opt_state.units.by_path)
+        case GroupStates():
+            inner = opt_state.values()
+        case optax.PartitionState():
+            inner = opt_state.inner_states.values()
+        case _ if isinstance(opt_state, _TRANSPARENT):
+            inner = [opt_state.inner_state]
+        case (only,):  # an `optax.chain` of one
+            inner = [only]
+        case _:
+            return {}
+    return {name: unit for each in inner for name, unit in _find_units(each).items()}
 
-    nodes = filter(_is_unitful, jtu.tree_leaves(opt_state, is_leaf=_is_unitful))
-    return {name for node in nodes for name, _ in node.units.by_path}
 
-
-# `isinstance` with its second argument bound, so that JAX calls no Python for each node.
-_is_unitful = type.__instancecheck__.__get__(UnitfulState)
+# What passes gradients on as they are. All else calculates with the numbers in Quantities.
+_TRANSPARENT = (
+    optax.MaskedState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
 
 
 def _check_units(opt_state: PyTree, params: dict[str, Any]) -> None:
-    with_units = _find_unitful(opt_state)
+    units = _find_units(opt_state)
     for name, leaf in params.items():
-        if split_unit(leaf)[1] is not None and name not in with_units:
+        if split_unit(leaf)[1] is not None and name not in units:
             raise TypeError(
                 "`Optimizer(tx=...)` must be made by `vg.unitful(tx, loss_unit=...)` for "
-                f"leaves with units, which optax does not know. Got another one for `{name}`, "
-                f"{show(leaf)}."
+                "leaves with units, which optax does not know. Got another one for "
+                f"{quote(name)}, {show(leaf)}. What is around a `unitful`, such as a clip, "
+                "depends on the units. Put the whole `optax.chain` or `vg.partition` inside of "
+                "one `vg.unitful`."
             )
 
 
 def _parse_grads(
-    grads: PyTree, params: dict[str, Any], with_units: set[str], caller: str
+    grads: PyTree, params: dict[str, Any], with_units: Container[str], caller: str
 ) -> dict[str, Any]:
     """The gradients as optax takes them: those of complex leaves are conjugated."""
     if not isinstance(grads, Mapping):
