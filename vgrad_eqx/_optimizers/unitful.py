@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from .._select.glob import compile_glob
-from .._tree.flat import FlatTree, is_any_traced, widen
+from .._tree.flat import FlatTree, is_any_traced, name_of, widen
+from .._tree.state import State
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.types import PyTree, Unit
 from .._tree.units import (
@@ -34,6 +36,7 @@ from .partition import map_extra_args, take_extra_args
 
 
 _TRACED = "traced"
+_MOST_SIZES = 8  # of an array that is written out
 
 
 class Scale(NamedTuple):
@@ -256,7 +259,7 @@ class _Scaling:
             if unit != _find_unit(name, units):
                 raise_mismatch(
                     f"`unitful(...)` needs the parameter at `{name}` in the unit that it had "
-                    "on `init`. Make another state by `init`",
+                    "on `init`. Make another state by `init`, or an optimizer by `reselect`",
                     units[name],
                     unit,
                 )
@@ -310,20 +313,42 @@ class _Scaling:
         """The scale of a parameter as text, in the same words however it is written."""
         glob = self._find_glob(name)
         size, unit = (1.0, unit) if glob is None else self.scale[glob]
-        text = f"a scale of {f'{size:.5g}' if isinstance(size, float) else show(size)}"
+        is_short = not is_any_traced([size]) and np.size(size) <= _MOST_SIZES
+        text = f"a scale of {_list(size) if is_short else show(size)}"
         text += "" if unit is None else f" {unit}"
         text += "" if self.loss_unit is None else f" and a loss in {self.loss_unit}"
         return Scale(text, _write(size, unit), _write(1.0, self.loss_unit))
+
+
+def list_scales(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Scale]]:
+    """The dotted paths of what is kept in a pytree for parameters in a scale, and this scale."""
+    is_leaf = lambda node: isinstance(node, UnitfulState | State)
+    for path, node in jtu.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        where = [*filter(None, (prefix, name_of(path)))]
+        if isinstance(node, State):
+            yield from list_scales(node.content.combine(), ".".join(where))
+        elif isinstance(node, UnitfulState):
+            scales = node.units.scales
+            for name in FlatTree(node.inner_state).names:
+                ends = [name.split(".", i)[-1] for i in range(name.count(".") + 1)]
+                found = [scales[end] for end in ends if end in scales]
+                if found and not found[0].is_traced:
+                    yield ".".join([*where, "inner_state", name]), found[0]
 
 
 def _write(size: Any, unit: Unit) -> str:
     if is_any_traced([size]):
         return f"{_TRACED} {id(size)}"
     _, magnitude, dim = describe_unit(unit) or ("1", "1", "1")
-    numbers = np.ravel(np.asarray(size, float) * float(magnitude))
+    text = _list(np.asarray(size, float) * float(magnitude))
+    if np.size(size) > _MOST_SIZES:
+        text = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text} {dim}"
+
+
+def _list(size: Any) -> str:
     # Few digits, because the same scale in another unit differs by rounding.
-    text = ",".join([f"{number:.5g}" for number in numbers])
-    return f"{hashlib.sha256(text.encode()).hexdigest() if len(numbers) > 8 else text} {dim}"
+    return ",".join([f"{number:.5g}" for number in np.ravel(np.asarray(size, float))])
 
 
 def _map(func: Callable[[str, Any], Any], tree: PyTree) -> Any:
