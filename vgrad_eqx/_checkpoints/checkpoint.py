@@ -118,8 +118,8 @@ def load(
         `jax.ShapeDtypeStruct`s, as `equinox.filter_eval_shape` gives them.
     - `strict`: whether all that is in `like` must be in the file and the other way round, with
         the same shape, dtype and unit, and what [`vgrad_eqx.unitful`][] keeps for a parameter
-        with the same scale and unit of the loss. If `False`, what differs stays as it is in `like`, and
-        a warning lists it.
+        with the same scale and unit of the loss. If `False`, what differs stays as it is in
+        `like`, and a warning lists it.
     - `rename`: the name in the file of each array, as a dict from its path in `like` or as a
         function of it. A path that the dict does not have is the name itself. To be
         given for a file of another program, of which arrays alone are read: Python numbers

@@ -34,23 +34,29 @@ def locate(opt_state: PyTree, names: tuple[str, ...]) -> Iterator[Entry]:
     keys = set(names)
 
     def is_known(node: object) -> bool:
-        is_ours = isinstance(node, GroupStates | UnitfulState)
-        return is_ours or (isinstance(node, dict) and node.keys() == keys)
+        return isinstance(node, _OURS) or (isinstance(node, dict) and node.keys() == keys)
 
     for path, node in jtu.tree_flatten_with_path(opt_state, is_leaf=is_known)[0]:
-        if isinstance(node, GroupStates):
-            for label, group in node.groups:
-                for entry in locate(node[label], group):
-                    yield entry._replace(path=path + entry.path)
-        elif isinstance(node, UnitfulState):
-            inner_path, scales = (*path, jtu.GetAttrKey("inner_state")), node.units.scales
-            for entry in locate(node.inner_state, names):
-                yield entry._replace(path=inner_path + entry.path, scales=scales)
+        if isinstance(node, _OURS):
+            for entry in _locate_inside(node, names):
+                yield entry._replace(path=path + entry.path)
         elif is_known(node):
             for inner_path, leaf in jtu.tree_leaves_with_path(node):
                 yield Entry(path + inner_path[1:], names, inner_path[0].key, leaf)
         else:
             yield Entry(path, names, None, node)
+
+
+_OURS = (GroupStates, UnitfulState)
+
+
+def _locate_inside(node: Any, names: tuple[str, ...]) -> Iterator[Entry]:
+    if isinstance(node, GroupStates):
+        for label, group in node.groups:
+            yield from locate(node[label], group)
+    else:
+        for entry in locate(node.inner_state, names):
+            yield entry._replace(scales=node.units.scales)
 
 
 def carry_over(

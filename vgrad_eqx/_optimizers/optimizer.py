@@ -50,7 +50,7 @@ class Optimizer(AtPrompt, eqx.Module):
     **Arguments:**
 
     - `tx`: an optax transformation, or a dict from selector to transformation, one for each
-        group of leaves. It may be one of [`vgrad_eqx.unitful`][].
+        group of leaves. For leaves with units, it is one of [`vgrad_eqx.unitful`][].
     - `model`: any pytree, such as an Equinox module.
     - `selector`: which of its leaves are updated, as in [`vgrad_eqx.states`][]. Defaults to
         all inexact arrays. With groups, each of these leaves must be in one of them.
@@ -65,7 +65,9 @@ class Optimizer(AtPrompt, eqx.Module):
     **Raises:**
 
     - `TypeError`: if `tx` is no optax transformation; if a chosen leaf has a unit, and its
-        transformation is not made by [`vgrad_eqx.unitful`][].
+        transformation is not made by [`vgrad_eqx.unitful`][], or anything is around it but
+        groups, `optax.masked`, `optax.partition` and `optax.inject_hyperparams`. In an
+        `optax.chain`, a clip would see numbers that depend on the units.
     - `ValueError`: if `selector` chooses no inexact array; if a chosen leaf is in no group
         or in two, or a group has no chosen leaf.
 
@@ -146,6 +148,7 @@ class Optimizer(AtPrompt, eqx.Module):
         - `ValueError`: for a gradient that is missing, `None`, at an unknown path, or of
             another shape than its leaf; for an `opt_state` of another selection; if `model`
             lacks a leaf. Nothing is updated then.
+        - `brainunit.UnitMismatchError`: as [`vgrad_eqx.unitful`][].
         """
         return advance(self, model, var_grads, extra_args, "Optimizer.step")
 
@@ -165,9 +168,10 @@ class Optimizer(AtPrompt, eqx.Module):
 
         An optimizer with the count of this one. What optax keeps for a leaf, such as its
         moments, is kept for each leaf that stays, also in another group; it starts at zero
-        for each new leaf, and for one whose transformation or shape is another. What
-        it keeps for a group, such as a count of its own, goes on with the leaves that
-        stay, and starts anew in a group of new leaves alone. Hyperparameters that
+        for each new leaf, and for one whose transformation or shape is another, or inside of
+        [`vgrad_eqx.unitful`][] its scale or the unit of the loss. What it keeps for a group,
+        such as a count of its own, goes on with these leaves, and starts anew in a group
+        without any. Hyperparameters that
         `optax.inject_hyperparams` keeps are those of `tx` if it is given.
 
         **Raises:**
@@ -270,8 +274,7 @@ def _check_state(
         raise ValueError(
             "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
             f"made for, of {shorten(list(map(quote, opt.names)))}. Got "
-            f"{show(opt.opt_state)}. To change what is trained, use "
-            "`reselect`."
+            f"{show(opt.opt_state)}. To change what is trained, use `reselect`."
         ) from error
 
 
@@ -345,11 +348,17 @@ def _parse_grads(
 ) -> dict[str, Any]:
     """The gradients as optax takes them: those of complex leaves are conjugated."""
     if not isinstance(grads, Mapping):
+        is_value = eqx.is_array_like(split_unit(grads)[0]) or isinstance(grads, tuple)
+        hint = (
+            "With `return_value=True` it gives `(var_grads, value)`."
+            if is_value
+            else "Of gradients in the structure of a model, as `eqx.filter_grad` gives them, "
+            "`vg.states(grads)` is such a dict."
+        )
         raise TypeError(
             f"`{caller}` must be a dict from dotted path to gradient, as "
             "`vg.vector_grad(..., grad_states=...)` gives it. Got "
-            f"a `{type(grads).__name__}`. Of gradients in the structure of a model, as "
-            "`eqx.filter_grad` gives them, `vg.states(grads)` is such a dict."
+            f"{show(grads) if is_value else f'a `{type(grads).__name__}`'}. {hint}"
         )
     faults = [
         *[f"none at {quote(name)}" for name in params if name not in grads],
@@ -379,7 +388,7 @@ def _find_fault(grad: object, param: object, with_units: bool) -> str | None:
     if jnp.shape(number) != shape:
         return f"{show(grad)} for a leaf of shape {shape}"
     if unit is not None and not with_units:
-        return f"a gradient in {unit} without `vg.unitful(tx, loss_unit=...)`"
+        return f"a gradient in {unit} without `vg.unitful(tx, loss_unit=...)` around the whole"
     return None
 
 

@@ -46,7 +46,8 @@ def partition(
     """Updates each group of the parameters in a flat dict by a transformation of its own.
 
     It is an optax transformation as any other, so what is before it in an `optax.chain` sees
-    the gradients of all groups. [`vgrad_eqx.Optimizer`][] takes a dict as short for it.
+    the gradients of all groups. [`vgrad_eqx.Optimizer`][] takes a dict as short for it. For
+    parameters with units, the whole chain is inside of one [`vgrad_eqx.unitful`][].
 
     **Arguments:**
 

@@ -82,7 +82,8 @@ def unitful(
     With a scale `S` for each parameter `p` and the unit `L` of the loss, optax sees `x = p/S`
     and the gradient `g·S/L`, and its update `dx` becomes `S·dx`, in the unit of `p`. All
     of these are pure numbers, so every hyperparameter is one, and a fit does not depend
-    on the units that parameters are written in.
+    on the units that parameters are written in. Outside of it, numbers depend on them, so a
+    whole `optax.chain` belongs inside, also one with a [`vgrad_eqx.partition`][].
 
     **Arguments:**
 
@@ -101,6 +102,8 @@ def unitful(
     parameter, for [`vgrad_eqx.apply_updates`][]. It converts the extra arguments `value`,
     `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes others
     on. All units are checked while it is traced, which leaves nothing in the compiled program.
+    Its state knows units and scales: `Optimizer.reselect` forgets what is in another scale, and
+    [`vgrad_eqx.load`][] refuses it.
 
     **Raises:**
 
@@ -308,20 +311,19 @@ class _Scaling:
         assert factor is not None
         return number * factor
 
-
     def describe(self, name: str, unit: Unit) -> Scale:
         """The scale of a parameter as text, in the same words however it is written."""
         glob = self._find_glob(name)
         size, unit = (1.0, unit) if glob is None else self.scale[glob]
         is_short = not is_any_traced([size]) and np.size(size) <= _MOST_SIZES
-        text = f"a scale of {_list(size) if is_short else show(size)}"
+        text = f"units of {_list(size) if is_short else show(size)}"
         text += "" if unit is None else f" {unit}"
-        text += "" if self.loss_unit is None else f" and a loss in {self.loss_unit}"
+        text += "" if self.loss_unit is None else f", loss in {self.loss_unit}"
         return Scale(text, _write(size, unit), _write(1.0, self.loss_unit))
 
 
 def list_scales(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Scale]]:
-    """The dotted paths of what is kept in a pytree for parameters in a scale, and this scale."""
+    """The dotted paths of what a pytree keeps for parameters in a scale, and that scale."""
     is_leaf = lambda node: isinstance(node, UnitfulState | State)
     for path, node in jtu.tree_leaves_with_path(tree, is_leaf=is_leaf):
         where = [*filter(None, (prefix, name_of(path)))]
