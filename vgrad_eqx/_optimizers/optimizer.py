@@ -315,7 +315,7 @@ def _find_units(opt_state: PyTree) -> dict[str, Any]:
             inner = opt_state.inner_states.values()
         case _ if isinstance(opt_state, _TRANSPARENT):
             inner = [opt_state.inner_state]
-        case (only,):  # an `optax.chain` of one
+        case (only,) if type(opt_state) is tuple:  # an `optax.chain` of one
             inner = [only]
         case _:
             return {}
