@@ -357,7 +357,8 @@ class Wrapped(NamedTuple):
 
 def wrap(tx):
     init = lambda params: Wrapped(tx.init(params))
-    return optax.GradientTransformation(init, lambda *args: args[:2])
+    update: Any = tx.update
+    return optax.GradientTransformation(init, update)
 
 
 SEEING = {
