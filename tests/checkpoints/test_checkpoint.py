@@ -1,6 +1,7 @@
 """Checkpoints come back as they were saved, or not at all."""
 
 import os
+from typing import Any
 
 import brainunit as u
 import equinox as eqx
@@ -310,3 +311,62 @@ def test_what_cannot_be_saved(path):
     with pytest.raises(FileNotFoundError):
         vg.load(path, {"a": 1.0})
     assert not path.exists()
+
+
+PARAMS = {"a": {"g": jnp.array(8.0) * u.nS}, "w": jnp.ones(2)}
+
+
+def make_scaled(scale, loss_unit: Any = u.mvolt):
+    return vg.Optimizer(vg.unitful(optax.adam(0.1), loss_unit, {"a.g": scale}), PARAMS)
+
+
+SCALES: dict[str, tuple[Any, str | None]] = {
+    "the same": (make_scaled(100.0 * u.nS), None),
+    "in other words": (make_scaled(0.1 * u.uS), None),
+    "another scale": (
+        make_scaled(10.0 * u.nS),
+        "units of 10 nS, loss in mV at .*units of 100 nS",
+    ),
+    "another loss": (
+        make_scaled(100.0 * u.nS, u.volt),
+        "loss in V at .*loss in mV in the file",
+    ),
+}
+
+
+@pytest.mark.parametrize(("like", "match"), SCALES.values(), ids=SCALES.keys())
+def test_moments_are_loaded_only_into_the_scale_that_they_are_in(path, like, match):
+    grads = {"a.g": 1.0 * u.mvolt / u.nS, "w": jnp.ones(2) * u.mvolt}
+    _, opt = make_scaled(100.0 * u.nS).step(PARAMS, grads)
+    vg.save(path, {"opt": opt})
+    if match is None:
+        loaded = vg.load(path, {"opt": like})["opt"]
+        assert tree_allclose(loaded.opt_state.inner_state, opt.opt_state.inner_state)
+        return
+    with pytest.raises(ValueError, match=f"must be like the checkpoint. There is .*{match}"):
+        vg.load(path, {"opt": like})
+    with pytest.warns(UserWarning, match="has left out what does not fit"):
+        loaded = vg.load(path, {"opt": like}, strict=False)["opt"]
+    assert float(loaded.opt_state.inner_state[0].mu["a.g"]) == 0.0
+    assert int(loaded.count) == 1
+
+
+def test_moments_of_states_and_trainings_have_scales(path):
+    w = vg.State(jnp.ones(2) * u.ms)
+
+    def make_states(size):
+        return vg.StateOptimizer(
+            vg.unitful(optax.adam(0.1), scale={"w": size * u.ms}), {"w": w}
+        )
+
+    def make_training(size):
+        tx = vg.unitful(optax.adam(0.1), scale={"a.g": size * u.nS})
+        return vg.train_step(lambda tree: (tree["a"]["g"] / u.nS) ** 2, tx, "a.g").init(PARAMS)
+
+    for make, name in [(make_states, "memory.opt_state"), (make_training, "opt_state")]:
+        vg.save(path, make(1.0))
+        vg.load(path, make(1.0))
+        with pytest.raises(
+            ValueError, match=f"units of 2 .S at `{name}|units of 2 ms at `{name}"
+        ):
+            vg.load(path, make(2.0))

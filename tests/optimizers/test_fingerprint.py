@@ -1,5 +1,6 @@
 """Functions that are made alike are equal, and others are not."""
 
+import dataclasses
 import functools as ft
 
 import jax.numpy as jnp
@@ -93,3 +94,17 @@ def test_constants_that_do_not_compare_make_others():
         return Fingerprinted(lambda: constant)
 
     assert make(Incomparable()) != make(Incomparable())
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    rates: dict[str, float]
+    schedule: object = None
+
+
+def test_dataclasses_are_alike_by_their_fields():
+    assert Fingerprinted(Options({"a": 0.1})) == Fingerprinted(Options({"a": 0.1}))
+    assert Fingerprinted(Options({"a": 0.1})) != Fingerprinted(Options({"a": 0.2}))
+    make = lambda: Options({}, lambda count: 0.1)
+    assert Fingerprinted(make()) == Fingerprinted(make())
+    assert Fingerprinted(Options) != Fingerprinted(Options({}))

@@ -386,3 +386,20 @@ def test_one_optimizer_for_each_model_of_an_ensemble(getkey):
         eqx.filter(alone, eqx.is_array),
     )
     assert apply(alone, jnp.ones(3)).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "given", [jnp.array(1.0), 1.0 * u.mvolt, (GOOD, jnp.array(1.0))], ids=["", "unit", "both"]
+)
+def test_value_and_gradients_in_the_wrong_order(given):
+    opt = vg.Optimizer(optax.sgd(1.0), MODEL)
+    match = r"With `return_value=True` it gives `\(var_grads, value\)`"
+    with pytest.raises(TypeError, match=match):
+        opt.step(MODEL, given)
+
+
+def test_a_scheduled_hyperparameter_says_so():
+    schedule = optax.constant_schedule(0.1)
+    opt = vg.Optimizer(optax.inject_hyperparams(optax.sgd)(learning_rate=schedule), MODEL)
+    with pytest.raises(ValueError, match="Got `learning_rate`, which a schedule sets.* a num"):
+        opt.set_hyperparams(learning_rate=0.2)

@@ -1,11 +1,12 @@
 """Optax on parameters with units: the fit is the same in whatever units they are written."""
 
 import functools as ft
-from typing import Any
+from typing import Any, NamedTuple
 
 import brainunit as u
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import vgrad_eqx as vg
@@ -326,3 +327,216 @@ def test_two_globs_for_one_parameter_are_refused():
         ValueError, match=r"one scale to `axon.g`. Got two, at `\*.g` and `axon"
     ):
         tx.init(vg.states(make_cell()))
+
+
+def make_channel(unit=u.nS):
+    return {"g": jnp.array(8.0 * u.nS.magnitude / unit.magnitude) * unit, "w": jnp.ones(2)}
+
+
+def channel_loss(params):
+    return ((params["g"] - 5 * u.nS) / u.nS) ** 2 + jnp.sum(params["w"] ** 2)
+
+
+channel_grad = vg.grad(channel_loss, "**", unit_aware=True)
+
+
+def make_tx(size: Any = 10.0, unit: Any = u.nS, tx=None):
+    """A heavy ball with a scale."""
+    return vg.unitful(
+        optax.sgd(0.1, momentum=0.9) if tx is None else tx, scale={"g": size * unit}
+    )
+
+
+SGD = optax.sgd(0.1)
+CLIP = optax.clip_by_global_norm(1.0)
+
+
+class Wrapped(NamedTuple):
+    inner_state: Any
+
+
+def wrap(tx):
+    init = lambda params: Wrapped(tx.init(params))
+    update: Any = tx.update
+    return optax.GradientTransformation(init, update)
+
+
+SEEING = {
+    "one's own": lambda: wrap(make_tx()),
+    "clip before": lambda: optax.chain(CLIP, make_tx()),
+    "clip after": lambda: optax.chain(make_tx(), CLIP),
+    "clip by value": lambda: optax.chain(optax.clip(1.0), make_tx()),
+    "named": lambda: optax.named_chain(("clip", CLIP), ("inner", make_tx())),
+    "clip before a partition": lambda: optax.chain(
+        CLIP, vg.partition({"g": make_tx(), "w": SGD})
+    ),
+    "clip in a group": lambda: {"g": optax.chain(CLIP, make_tx()), "w": SGD},
+    "clip in a masked one": lambda: optax.masked(
+        optax.chain(CLIP, make_tx()), {"g": True, "w": True}
+    ),
+    "several steps": lambda: optax.MultiSteps(make_tx(), 2).gradient_transformation(),
+    "flat": lambda: optax.flatten(make_tx()),
+}
+
+
+@pytest.mark.parametrize("make", SEEING.values(), ids=SEEING.keys())
+def test_what_would_see_numbers_of_quantities_is_refused(make):
+    match = "another one for `g`, .*Put the whole `optax.chain` or `vg.partition` inside"
+    with pytest.raises(TypeError, match=match):
+        vg.Optimizer(make(), make_channel())
+
+
+def test_a_clip_may_see_parameters_and_gradients_without_units():
+    bare = {"g": jnp.array(8.0), "w": jnp.ones(2)}
+    opt = vg.Optimizer(optax.chain(CLIP, vg.unitful(SGD)), bare)
+    new, _ = opt.step(bare, {"g": jnp.array(10.0), "w": jnp.zeros(2)})
+    assert tree_allclose(new["g"], jnp.array(7.9))
+    grads = {name: grad * u.mvolt for name, grad in bare.items()}
+    opt = vg.Optimizer(optax.chain(CLIP, vg.unitful(SGD, u.mvolt)), bare)
+    with pytest.raises(ValueError, match="Got a gradient in mV without `vg.unitful.* around"):
+        opt.step(bare, grads)
+
+
+PASSING = {
+    "clip inside": lambda: make_tx(tx=optax.chain(CLIP, SGD)),
+    "a partition inside": lambda: make_tx(
+        tx=optax.chain(CLIP, vg.partition({"g": SGD, "w": optax.sgd(0.01)}))
+    ),
+    "groups": lambda: {"g": make_tx(), "w": SGD},
+    "a partition": lambda: vg.partition({"g": make_tx(), "w": optax.chain(CLIP, SGD)}),
+    "a chain of one": lambda: optax.chain(make_tx()),
+    "masked": lambda: optax.masked(make_tx(), {"g": True, "w": True}),
+    "partition of optax": lambda: optax.partition(
+        {"with": make_tx(), "without": SGD}, {"g": "with", "w": "without"}
+    ),
+    "hyperparameters": lambda: optax.inject_hyperparams(
+        lambda rate: make_tx(tx=optax.sgd(rate))
+    )(rate=0.1),
+}
+
+
+@pytest.mark.parametrize("make", PASSING.values(), ids=PASSING.keys())
+def test_what_passes_quantities_on_does_not_depend_on_units(make):
+    found = []
+    for unit in (u.nS, u.uS):
+        params = make_channel(unit)
+        new, _ = vg.Optimizer(make(), params).step(params, channel_grad(params))
+        found.append({"g": jnp.asarray(new["g"] / u.nS), "w": new["w"]})
+    assert tree_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
+    assert float(found[0]["g"]) < 8.0
+
+
+def test_a_partition_inside_is_clipped_globally():
+    tx = optax.chain(CLIP, vg.partition({"g": SGD, "w": optax.sgd(0.01)}))
+    params = make_channel()
+    new, _ = vg.Optimizer(make_tx(tx=tx), params).step(params, channel_grad(params))
+    bare = {"g": jnp.array(0.8), "w": jnp.ones(2)}
+    grads = {"g": jnp.array(60.0), "w": jnp.full(2, 2.0)}
+    updates: Any = tx.update(grads, tx.init(bare), bare)[0]
+    assert tree_allclose(jnp.asarray(new["g"] / u.nS), 8.0 + 10.0 * updates["g"], rtol=1e-5)
+    assert tree_allclose(new["w"], bare["w"] + updates["w"])
+
+
+def heavy(size=None, unit: Any = u.nS, loss_unit=None):
+    scale = None if size is None else {"g": size * unit}
+    return vg.unitful(optax.sgd(0.0, momentum=0.9), loss_unit, scale)
+
+
+def momentum(opt):
+    return opt.opt_state.inner_state[0].trace
+
+
+ROOTS = {"nS": u.nS, "uS": u.uS}
+RESELECTED: dict[str, tuple[Any, Any, str, bool]] = {
+    "the same": (heavy(100.0), heavy(100.0), "nS", True),
+    "another scale": (heavy(100.0), heavy(1.0), "nS", False),
+    "in other words": (heavy(100.0), heavy(0.1, u.uS), "nS", True),
+    "another unit with a scale": (heavy(100.0), heavy(100.0), "uS", True),
+    "another unit without one": (heavy(), heavy(), "uS", False),
+    "written out": (heavy(), heavy(1.0), "nS", True),
+    "array": (heavy(jnp.array(100.0)), heavy(100.0), "nS", True),
+}
+
+
+@pytest.mark.parametrize("case", RESELECTED.values(), ids=RESELECTED.keys())
+def test_moments_are_kept_only_in_the_scale_that_they_are_in(case):
+    before, after, unit, is_kept = case
+    params = make_channel()
+    _, opt = vg.Optimizer(before, params).step(params, channel_grad(params))
+    new = opt.reselect({**params, "g": params["g"].to(ROOTS[unit])}, tx=after)
+    old, kept = momentum(opt), momentum(new)
+    assert old["g"] != 0.0
+    assert tree_allclose(kept["g"], old["g"] if is_kept else jnp.zeros_like(old["g"]))
+    assert tree_allclose(kept["w"], old["w"])
+    assert int(new.count) == 1
+
+
+def test_moments_are_kept_only_in_the_unit_of_the_loss():
+    params = {"w": jnp.ones(2)}
+    _, opt = vg.Optimizer(heavy(loss_unit=u.mvolt), params).step(
+        params, {"w": jnp.ones(2) * u.mvolt}
+    )
+    kept = momentum(opt.reselect(params, tx=heavy(loss_unit=u.mvolt)))
+    fresh = momentum(opt.reselect(params, tx=heavy(loss_unit=u.volt)))
+    assert (kept["w"].tolist(), fresh["w"].tolist()) == ([1.0, 1.0], [0.0, 0.0])
+
+
+def test_hyperparameters_outlive_another_scale():
+    tx = vg.unitful(optax.inject_hyperparams(optax.adam)(learning_rate=0.1))
+    params = {"g": make_channel()["g"]}
+    opt = vg.Optimizer(tx, params).set_hyperparams(learning_rate=0.5)
+    grads = vg.grad(lambda p: (p["g"] / u.nS) ** 2, "**", unit_aware=True)(params)
+    opt = opt.step(params, grads)[1].reselect({"g": params["g"].to(u.uS)})
+    assert float(opt.hyperparams["learning_rate"]) == 0.5
+    # The first step after it has the size of a first step.
+    assert int(opt.opt_state.inner_state.inner_state[0].count) == 0
+
+
+def test_a_traced_scale_is_its_own():
+    params = {"w": jnp.ones(2)}
+
+    @jax.jit
+    def fit(size):
+        make = lambda size: vg.unitful(optax.sgd(0.1, momentum=0.9), scale={"w": size})
+        _, opt = vg.Optimizer(make(size), params).step(params, params)
+        return momentum(opt.reselect(params)), momentum(opt.reselect(params, tx=make(2 * size)))
+
+    kept, fresh = fit(3.0)
+    assert (kept["w"].tolist(), fresh["w"].tolist()) == ([3.0, 3.0], [0.0, 0.0])
+
+
+def test_a_changed_unit_is_named_by_an_optimizer_too():
+    params = make_channel()
+    opt = vg.Optimizer(make_tx(), params)
+    changed = {**params, "g": params["g"].to(u.uS)}
+    with pytest.raises(u.UnitMismatchError, match="parameter at `g` in the unit that it had"):
+        opt.step(changed, channel_grad(params))
+
+
+def make_optimizer_of_arrays(scale):
+    return vg.Optimizer(vg.unitful(optax.adam(0.1), u.mvolt, scale), {"g": jnp.ones(2)})
+
+
+ALIKE = {
+    "no scale": lambda: None,
+    "number": lambda: {"g": 10.0},
+    "integer": lambda: {"g": 10},
+    "array of one number": lambda: {"g": jnp.array(10.0)},
+    "NumPy": lambda: {"*": np.float32(10.0)},
+}
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE.keys())
+def test_optimizers_with_units_that_are_made_alike_are_one_program(make):
+    first, second = [make_optimizer_of_arrays(make()) for _ in range(2)]
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    traces = []
+
+    @vg.jit
+    def count(opt):
+        traces.append(opt.count)
+        return opt.count
+
+    for opt in (first, second, make_optimizer_of_arrays({"g": 11.0})):
+        count(opt)
+    assert len(traces) == 2

@@ -2,6 +2,7 @@ import operator
 import re
 from typing import Any
 
+import brainunit as u
 import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
@@ -377,3 +378,50 @@ def test_errors_of_a_predicate_come_through():
     for selector in (predicate, vg.leaf(predicate)):
         with pytest.raises(ValueError, match="^mine$"):
             vg.states(make_net(), selector)
+
+
+FLAWED = {
+    "g_leak": 8 * u.nS,
+    "g_k": 12.0 * u.nS,
+    "n": 3,
+    "m": jnp.arange(2),
+    "w": jnp.ones(2),
+    "inner": {"n": 1, "w": jnp.ones(1)},
+}
+NAMED = {
+    "a Quantity": (
+        vg.path("g_leak", "g_k"),
+        r"path\('g_leak'\), which selects `g_leak` \(Q.*8",
+    ),
+    "an int": (vg.path("w", "n"), r"path\('n'\), which selects `n` \(3\)"),
+    "integers": ("{m,w}", r"path\('m'\), which selects `m` \(i\d+\[2\]\)"),
+    "deep": ("inner.{n,w}", r"path\('inner.n'\), which selects `inner.n` \(1\)"),
+    "a union": (vg.instance(jax.Array) | "n", r"path\('n'\), which selects `n`"),
+}
+
+
+@pytest.mark.parametrize(("selector", "match"), NAMED.values(), ids=NAMED.keys())
+def test_each_path_that_is_spelled_out_must_choose_a_leaf(selector, match):
+    with pytest.raises(ValueError, match=f"must select inexact arrays. Got {match}"):
+        vg.states(FLAWED, selector)
+
+
+PASSED_OVER = {
+    "all": ("**", ["g_k", "inner.w", "w"]),
+    "star": ("g_*", ["g_k"]),
+    "node": (vg.path("inner", "w"), ["inner.w", "w"]),
+    "complement": (~vg.path("n"), ["g_k", "inner.w", "w"]),
+    "difference": (vg.path("*") & ~vg.path("m"), ["g_k", "inner.w", "w"]),
+}
+
+
+@pytest.mark.parametrize(("selector", "expected"), PASSED_OVER.values(), ids=PASSED_OVER.keys())
+def test_what_is_not_spelled_out_may_hold_integers(selector, expected):
+    assert list(vg.states(FLAWED, selector)) == expected
+
+
+def test_an_integer_beside_a_state_is_refused_too():
+    tree = {"s": vg.State(jnp.ones(1)), "n": 3}
+    assert list(vg.states(tree, vg.path("s"))) == ["s"]
+    with pytest.raises(ValueError, match=r"Got path\('n'\), which selects `n` \(3\)"):
+        vg.states(tree, vg.path("s", "n"))

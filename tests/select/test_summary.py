@@ -139,3 +139,10 @@ def test_a_notebook_shows_the_same_cells():
     lines = str(table).splitlines()[:-1]
     assert [" ".join(row).split() for row in reader.rows] == [line.split() for line in lines]
     assert reader.rows[1][0] == "<b>"
+
+
+def test_an_integer_with_a_unit_has_a_row():
+    tree = {"g_k": jnp.array(12.0) * u.nS, "g_leak": 8 * u.nS, "n": 3}
+    rows = {row.path: (row.fate, str(row.unit)) for row in vg.summary(tree, "g_*").rows}
+    assert rows == {"g_k": ("chosen", "nS"), "g_leak": ("not differentiable", "nS")}
+    assert "in 1 of 1 arrays" in str(vg.summary(tree, "g_*"))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.tree_util as jtu
 
+from .._optimizers.unitful import list_scales
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree
 from .._tree.state import read, refuse_brainstate, State, write
@@ -72,7 +73,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """
     refuse_foreign(tree, "save(tree=...)")
     target = check_path(path, "save(path=...)")
-    items = _list_items(FlatTree(_expand(tree)), "save(tree=...)")
+    flat = FlatTree(_expand(tree))
+    items = _list_items(flat, "save(tree=...)")
     if not items:
         raise ValueError(
             "`save(tree=...)` must hold an array or a number. Got a "
@@ -84,7 +86,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
                 f"`save(tree=...)` must hold arrays. Got a shape without numbers, {leaf}, at "
                 f"`{name}`. Such a tree is for `load(like=...)`."
             )
-    entries = {name: describe(leaf) for name, (_, leaf) in items.items()}
+    entries = _describe(flat.tree, items)
     leaves = {escape(name): leaf for name, (_, leaf) in items.items()}
     tensors = {
         escape(name): Tensor.of(entry.dtype, entry.shape) for name, entry in entries.items()
@@ -115,8 +117,9 @@ def load(
         [`vgrad_eqx.TrainState`][] that `init` has made. Its arrays and PRNG keys may be
         `jax.ShapeDtypeStruct`s, as `equinox.filter_eval_shape` gives them.
     - `strict`: whether all that is in `like` must be in the file and the other way round, with
-        the same shape, dtype and unit. If `False`, what differs stays as it is in `like`, and
-        a warning lists it.
+        the same shape, dtype and unit, and what [`vgrad_eqx.unitful`][] keeps for a parameter
+        with the same scale and unit of the loss. If `False`, what differs stays as it is in
+        `like`, and a warning lists it.
     - `rename`: the name in the file of each array, as a dict from its path in `like` or as a
         function of it. A path that the dict does not have is the name itself. To be
         given for a file of another program, of which arrays alone are read: Python numbers
@@ -167,7 +170,7 @@ def load(
     items = _list_items(flat, "load(like=...)")
     check_rename(rename, items)
     with open_source(check_path(path, "load(path=...)")) as source:
-        wanted = {name: describe(leaf) for name, (_, leaf) in items.items()}
+        wanted = _describe(flat.tree, items, with_scales=source.has_scales)
         if source.is_foreign and rename is None:
             raise make_error(source.path, offer_rename(source, wanted))
         if source.is_foreign:
@@ -201,6 +204,15 @@ def _name_shapes(items: Mapping[str, tuple[int, Any]], loaded: Mapping[str, Any]
         if name not in loaded and isinstance(split_unit(leaf)[0], jax.ShapeDtypeStruct)
     ]
     return f" What is left is a shape without numbers at {shorten(shapes)}." if shapes else ""
+
+
+def _describe(
+    tree: PyTree, items: Mapping[str, tuple[int, Any]], with_scales: bool = True
+) -> dict[str, Entry]:
+    entries = {name: describe(leaf) for name, (_, leaf) in items.items()}
+    for name, scale in list_scales(tree) if with_scales else ():
+        entries[name] = entries[name]._replace(unit=list(scale))
+    return entries
 
 
 def _read(

@@ -39,6 +39,7 @@ class Source:
             self._metadata, self._tensors = read_header(file)
             self._version = self._find_version()
             self.is_foreign = self._version is None
+            self.has_scales = self._version == VERSION
             if self._version is None:
                 self.entries = {
                     name: Entry("array", tensor.dtype, tensor.shape, None)
@@ -141,6 +142,7 @@ class Shards:
     """The arrays of several files, by their index, as if they were in one."""
 
     is_foreign = True
+    has_scales = False
 
     def __init__(self, path: str, sources: Mapping[str, Source], files: Mapping[str, str]):
         self.path = path

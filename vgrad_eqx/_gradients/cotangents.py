@@ -42,8 +42,7 @@ def make_cotangents(
         raise_mismatch(
             f"`{name}(unit_aware=False)` adds up bare numbers, so all outputs must have one "
             f"unit. Got {', '.join(f'`{path}` in {unit}' for path, unit in pairs)}. Convert "
-            "them to one, or pass `unit_aware=True`",
-            *units,
+            "them to one, or pass `unit_aware=True`."
         )
     return cotangents, units[0]
 

@@ -1,5 +1,6 @@
 """Functions that are compared by their contents rather than by their identity."""
 
+import dataclasses
 import functools as ft
 import types
 from typing import Any
@@ -86,6 +87,10 @@ def _take_apart(value: object) -> Any:
         return value.func, value.args, value.keywords
     if isinstance(value, tuple | list):
         return value
+    # A dataclass that equals another one by its fields, such as a selector.
+    params = getattr(type(value), "__dataclass_params__", None)
+    if params is not None and params.eq:
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]  # pyright: ignore[reportArgumentType]
     if isinstance(value, dict):
         return [part for item in value.items() for part in item]
     return None

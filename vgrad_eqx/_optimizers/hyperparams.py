@@ -52,15 +52,22 @@ def write_hyperparams(
         return node._replace(hyperparams={**node.hyperparams, **new})
 
     changed = _walk(opt_state, None, change)
-    wrong = scheduled or set(values) - written
+    if scheduled:
+        names = ", ".join(f"`{name}`" for name in sorted(scheduled))
+        raise ValueError(
+            f"`{caller}` must name hyperparameters that follow no schedule. Got {names}, "
+            "which a schedule sets at each step. To set it by hand, give "
+            "`optax.inject_hyperparams` a number in the place of the schedule."
+        )
+    wrong = set(values) - written
     if wrong or not values:
         found = read_hyperparams(opt_state)
         known = jtu.tree_map(str, found) if found else "none"
         names = ", ".join(f"`{name}`" for name in sorted(wrong)) or "none"
         where = "" if group is None else f" in the group {group!r}"
         raise ValueError(
-            f"`{caller}` must name hyperparameters of `optax.inject_hyperparams` that follow "
-            f"no schedule. Got {names}{where}. There are {known}. Wrap it, as in "
+            f"`{caller}` must name hyperparameters of `optax.inject_hyperparams`. Got "
+            f"{names}{where}. There are {known}. Wrap it, as in "
             "`optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)`."
         )
     return changed

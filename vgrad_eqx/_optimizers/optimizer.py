@@ -1,12 +1,13 @@
 """Optax transformations that update the chosen leaves of a module, or states by reference."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import optax
 from jax.typing import ArrayLike
 
 from .._select.selectors import as_selector, select, SelectorLike
@@ -16,16 +17,15 @@ from .._tree.prompt import AtPrompt, write_call
 from .._tree.text import near_misses, quote, shorten, show
 from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
+from .entries import carry_over, Entry, locate
 from .fingerprint import Fingerprinted
 from .hyperparams import is_hyperparam, read_hyperparams, write_hyperparams
 from .partition import (
     assign,
-    carry_over,
     check_tx,
-    Entry,
     Groups,
+    GroupStates,
     keep_dtypes,
-    locate,
     make_partition,
     map_extra_args,
     strengthen,
@@ -50,7 +50,7 @@ class Optimizer(AtPrompt, eqx.Module):
     **Arguments:**
 
     - `tx`: an optax transformation, or a dict from selector to transformation, one for each
-        group of leaves. It may be one of [`vgrad_eqx.unitful`][].
+        group of leaves. For leaves with units, it is one of [`vgrad_eqx.unitful`][].
     - `model`: any pytree, such as an Equinox module.
     - `selector`: which of its leaves are updated, as in [`vgrad_eqx.states`][]. Defaults to
         all inexact arrays. With groups, each of these leaves must be in one of them.
@@ -65,7 +65,9 @@ class Optimizer(AtPrompt, eqx.Module):
     **Raises:**
 
     - `TypeError`: if `tx` is no optax transformation; if a chosen leaf has a unit, and its
-        transformation is not made by [`vgrad_eqx.unitful`][].
+        transformation is not made by [`vgrad_eqx.unitful`][], or anything is around it but
+        groups, `optax.masked`, `optax.partition` and `optax.inject_hyperparams`. In an
+        `optax.chain`, a clip would see numbers that depend on the units.
     - `ValueError`: if `selector` chooses no inexact array; if a chosen leaf is in no group
         or in two, or a group has no chosen leaf.
 
@@ -146,6 +148,7 @@ class Optimizer(AtPrompt, eqx.Module):
         - `ValueError`: for a gradient that is missing, `None`, at an unknown path, or of
             another shape than its leaf; for an `opt_state` of another selection; if `model`
             lacks a leaf. Nothing is updated then.
+        - `brainunit.UnitMismatchError`: as [`vgrad_eqx.unitful`][].
         """
         return advance(self, model, var_grads, extra_args, "Optimizer.step")
 
@@ -165,9 +168,10 @@ class Optimizer(AtPrompt, eqx.Module):
 
         An optimizer with the count of this one. What optax keeps for a leaf, such as its
         moments, is kept for each leaf that stays, also in another group; it starts at zero
-        for each new leaf, and for one whose transformation or shape is another. What
-        it keeps for a group, such as a count of its own, goes on with the leaves that
-        stay, and starts anew in a group of new leaves alone. Hyperparameters that
+        for each new leaf, and for one whose transformation or shape is another, or inside of
+        [`vgrad_eqx.unitful`][] its scale or the unit of the loss. What it keeps for a group,
+        such as a count of its own, goes on with these leaves, and starts anew in a group
+        without any. Hyperparameters that
         `optax.inject_hyperparams` keeps are those of `tx` if it is given.
 
         **Raises:**
@@ -218,8 +222,8 @@ def advance(
     flat = FlatTree(model)
     indices = _find(flat, opt.names)
     params = {name: flat.leaves[i] for i, name in zip(indices, opt.names, strict=True)}
-    with_units = _find_unitful(opt.opt_state)
-    grads = _parse_grads(var_grads, params, with_units, f"{caller}(var_grads=...)")
+    units = _find_units(opt.opt_state)
+    grads = _parse_grads(var_grads, params, units, f"{caller}(var_grads=...)")
 
     def rebuild(params: dict[str, Any]) -> Any:
         values = [params[name] for name in opt.names]
@@ -228,13 +232,13 @@ def advance(
     extra_args = map_extra_args(
         extra_args,
         rebuild,
-        lambda grads: _parse_grads(grads, params, with_units, f"{caller}(grad=...)"),
+        lambda grads: _parse_grads(grads, params, units, f"{caller}(grad=...)"),
     )
     transformation = _find_transformation(opt)
     try:
         updates, opt_state = transformation.update(grads, opt.opt_state, params, **extra_args)
     except Exception as error:
-        _check_state(opt, params, error)
+        _check_state(opt, params, units, error)
         raise
     opt_state = keep_dtypes(opt.opt_state, opt_state)
     new = [
@@ -257,15 +261,20 @@ def _replace(opt: _O, opt_state: PyTree, count: jax.Array) -> _O:
     return jtu.tree_unflatten(structure, [opt_state, count])
 
 
-def _check_state(opt: Optimizer, params: dict[str, Any], error: Exception) -> None:
+def _check_state(
+    opt: Optimizer, params: dict[str, Any], units: dict[str, Any], error: Exception
+) -> None:
     """Says so if an error comes from the state of another selection."""
+    params = {
+        name: attach_unit(split_unit(leaf)[0], units[name]) if name in units else leaf
+        for name, leaf in params.items()
+    }
     expected = jtu.tree_structure(jax.eval_shape(_find_transformation(opt).init, params))
     if jtu.tree_structure(opt.opt_state) != expected:
         raise ValueError(
             "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
             f"made for, of {shorten(list(map(quote, opt.names)))}. Got "
-            f"{show(opt.opt_state)}. To change what is trained, use "
-            "`reselect`."
+            f"{show(opt.opt_state)}. To change what is trained, use `reselect`."
         ) from error
 
 
@@ -295,38 +304,61 @@ def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
     return [places[name] for name in names]
 
 
-def _find_unitful(opt_state: PyTree) -> set[str]:
-    """The paths of the parameters of which optax does not see the units."""
+def _find_units(opt_state: PyTree) -> dict[str, Any]:
+    """For the parameters whose units no transformation has to know, these units."""
+    match opt_state:
+        case UnitfulState():
+            return dict(opt_state.units.by_path)
+        case GroupStates():
+            inner = opt_state.values()
+        case optax.PartitionState():
+            inner = opt_state.inner_states.values()
+        case _ if isinstance(opt_state, _TRANSPARENT):
+            inner = [opt_state.inner_state]
+        case (only,) if type(opt_state) is tuple:  # an `optax.chain` of one
+            inner = [only]
+        case _:
+            return {}
+    return {name: unit for each in inner for name, unit in _find_units(each).items()}
 
-    nodes = filter(_is_unitful, jtu.tree_leaves(opt_state, is_leaf=_is_unitful))
-    return {name for node in nodes for name, _ in node.units.by_path}
 
-
-# `isinstance` with its second argument bound, so that JAX calls no Python for each node.
-_is_unitful = type.__instancecheck__.__get__(UnitfulState)
+# What passes gradients on as they are. All else calculates with the numbers in Quantities.
+_TRANSPARENT = (
+    optax.MaskedState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
 
 
 def _check_units(opt_state: PyTree, params: dict[str, Any]) -> None:
-    with_units = _find_unitful(opt_state)
+    units = _find_units(opt_state)
     for name, leaf in params.items():
-        if split_unit(leaf)[1] is not None and name not in with_units:
+        if split_unit(leaf)[1] is not None and name not in units:
             raise TypeError(
                 "`Optimizer(tx=...)` must be made by `vg.unitful(tx, loss_unit=...)` for "
-                f"leaves with units, which optax does not know. Got another one for `{name}`, "
-                f"{show(leaf)}."
+                "leaves with units, which optax does not know. Got another one for "
+                f"{quote(name)}, {show(leaf)}. What is around a `unitful`, such as a clip, "
+                "depends on the units. Put the whole `optax.chain` or `vg.partition` inside of "
+                "one `vg.unitful`."
             )
 
 
 def _parse_grads(
-    grads: PyTree, params: dict[str, Any], with_units: set[str], caller: str
+    grads: PyTree, params: dict[str, Any], with_units: Container[str], caller: str
 ) -> dict[str, Any]:
     """The gradients as optax takes them: those of complex leaves are conjugated."""
     if not isinstance(grads, Mapping):
+        is_value = eqx.is_array_like(split_unit(grads)[0]) or isinstance(grads, tuple)
+        hint = (
+            "With `return_value=True` it gives `(var_grads, value)`."
+            if is_value
+            else "Of gradients in the structure of a model, as `eqx.filter_grad` gives them, "
+            "`vg.states(grads)` is such a dict."
+        )
         raise TypeError(
             f"`{caller}` must be a dict from dotted path to gradient, as "
             "`vg.vector_grad(..., grad_states=...)` gives it. Got "
-            f"a `{type(grads).__name__}`. Of gradients in the structure of a model, as "
-            "`eqx.filter_grad` gives them, `vg.states(grads)` is such a dict."
+            f"{show(grads) if is_value else f'a `{type(grads).__name__}`'}. {hint}"
         )
     faults = [
         *[f"none at {quote(name)}" for name in params if name not in grads],
@@ -356,7 +388,7 @@ def _find_fault(grad: object, param: object, with_units: bool) -> str | None:
     if jnp.shape(number) != shape:
         return f"{show(grad)} for a leaf of shape {shape}"
     if unit is not None and not with_units:
-        return f"a gradient in {unit} without `vg.unitful(tx, loss_unit=...)`"
+        return f"a gradient in {unit} without `vg.unitful(tx, loss_unit=...)` around the whole"
     return None
 
 

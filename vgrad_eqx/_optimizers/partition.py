@@ -2,8 +2,8 @@
 
 import functools as ft
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -46,7 +46,8 @@ def partition(
     """Updates each group of the parameters in a flat dict by a transformation of its own.
 
     It is an optax transformation as any other, so what is before it in an `optax.chain` sees
-    the gradients of all groups. [`vgrad_eqx.Optimizer`][] takes a dict as short for it.
+    the gradients of all groups. [`vgrad_eqx.Optimizer`][] takes a dict as short for it. For
+    parameters with units, the whole chain is inside of one [`vgrad_eqx.unitful`][].
 
     **Arguments:**
 
@@ -255,72 +256,6 @@ def check_tx(tx: Any, caller: str) -> None:
                 f"`{caller}` must be an optax transformation, such as `optax.adam(1e-3)`, or a "
                 f"dict from selector to transformation. Got {show(each)}."
             )
-
-
-class Entry(NamedTuple):
-    """A leaf of an optax state: where it is, for which parameters, and of which one."""
-
-    path: jtu.KeyPath  # without the labels of groups
-    group: tuple[str, ...]
-    name: str | None
-    leaf: Any
-
-
-def locate(opt_state: PyTree, names: tuple[str, ...]) -> Iterator[Entry]:
-    """The leaves of an optax state, in the order of JAX.
-
-    What optax keeps for each parameter it keeps in a dict like that of the parameters.
-    """
-    keys = set(names)
-
-    def is_known(node: object) -> bool:
-        return isinstance(node, GroupStates) or (isinstance(node, dict) and node.keys() == keys)
-
-    for path, node in jtu.tree_flatten_with_path(opt_state, is_leaf=is_known)[0]:
-        if isinstance(node, GroupStates):
-            for label, group in node.groups:
-                for entry in locate(node[label], group):
-                    yield entry._replace(path=path + entry.path)
-        elif is_known(node):
-            for inner_path, leaf in jtu.tree_leaves_with_path(node):
-                yield Entry(path + inner_path[1:], names, inner_path[0].key, leaf)
-        else:
-            yield Entry(path, names, None, node)
-
-
-def carry_over(
-    fresh: Sequence[Entry], old: Sequence[Entry], old_names: Collection[str]
-) -> list[Any]:
-    """The leaves of a fresh state, with what an old one knows of the parameters that stay."""
-    by_name: dict[Any, Entry] = {
-        (entry.path, entry.name): entry for entry in old if entry.name is not None
-    }
-    # What belongs to no parameter, such as a count, is that of all in its group.
-    shared = {
-        (entry.path, name): entry for entry in old if entry.name is None for name in entry.group
-    }
-    leaves = []
-    for path, group, name, leaf in fresh:
-        found = by_name.get((path, name))
-        if name is None:  # it comes from where most of the group was
-            votes = [shared.get((path, each)) for each in group if each in old_names]
-            ids = list(map(id, votes))
-            found = max(votes, key=lambda entry: ids.count(id(entry)), default=None)
-        if found is not None and _is_alike(found.leaf, leaf):
-            leaf = found.leaf
-        elif found is not None and name is None:
-            raise ValueError(
-                "`Optimizer.reselect` keeps what the optimizer knows of each leaf. Got one "
-                f"that mixes the leaves, in a {show(found.leaf)} that would be a "
-                f"{show(leaf)}, as `optax.flatten` does. Make another optimizer, "
-                "which starts anew."
-            )
-        leaves.append(leaf)
-    return leaves
-
-
-def _is_alike(old: PyTree, new: PyTree) -> bool:
-    return jnp.shape(old) == jnp.shape(new) and jnp.result_type(old) == jnp.result_type(new)
 
 
 def keep_dtypes(old: PyTree, new: PyTree) -> Any:

@@ -2,23 +2,28 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import functools as ft
+import hashlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from .._select.glob import compile_glob
-from .._tree.flat import FlatTree, is_any_traced, widen
+from .._tree.flat import FlatTree, is_any_traced, name_of, widen
+from .._tree.state import State
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.types import PyTree, Unit
 from .._tree.units import (
     attach_unit,
+    describe_unit,
     find_factor,
     find_factors,
     find_quotient,
@@ -30,10 +35,34 @@ from .._tree.units import (
 from .partition import map_extra_args, take_extra_args
 
 
+_TRACED = "traced"
+_MOST_SIZES = 8  # of an array that is written out
+
+
+class Scale(NamedTuple):
+    """The scale of a parameter and the unit of the loss, of which all but `text` is compared.
+
+    What an optimizer keeps is in these, so under others its numbers mean something else.
+    """
+
+    text: str
+    scale: str
+    loss: str
+
+    @property
+    def is_traced(self) -> bool:
+        return self.scale.startswith(_TRACED)
+
+
 class _Units(eqx.Module):
     """The units in which parameters are written, which belong to the structure."""
 
     by_path: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+    scale_by_path: tuple[tuple[str, Scale], ...] = eqx.field(static=True)
+
+    @property
+    def scales(self) -> dict[str, Scale]:
+        return dict(self.scale_by_path)
 
 
 class UnitfulState(NamedTuple):
@@ -53,7 +82,8 @@ def unitful(
     With a scale `S` for each parameter `p` and the unit `L` of the loss, optax sees `x = p/S`
     and the gradient `g·S/L`, and its update `dx` becomes `S·dx`, in the unit of `p`. All
     of these are pure numbers, so every hyperparameter is one, and a fit does not depend
-    on the units that parameters are written in.
+    on the units that parameters are written in. Outside of it, numbers depend on them, so a
+    whole `optax.chain` belongs inside, also one with a [`vgrad_eqx.partition`][].
 
     **Arguments:**
 
@@ -72,6 +102,8 @@ def unitful(
     parameter, for [`vgrad_eqx.apply_updates`][]. It converts the extra arguments `value`,
     `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes others
     on. All units are checked while it is traced, which leaves nothing in the compiled program.
+    Its state knows units and scales: `Optimizer.reselect` forgets what is in another scale, and
+    [`vgrad_eqx.load`][] refuses it.
 
     **Raises:**
 
@@ -115,7 +147,8 @@ def unitful(
         }
         scaling.check(flat)
         inner_state = inner.init(scaling.shrink_params(params, units))
-        return UnitfulState(inner_state, _Units(tuple(units.items())))
+        scales = [(name, scaling.describe(name, unit)) for name, unit in units.items()]
+        return UnitfulState(inner_state, _Units(tuple(units.items()), tuple(scales)))
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
@@ -146,7 +179,9 @@ def naming_leaves_of(flat: FlatTree) -> Iterator[None]:
         _whole.reset(token)
 
 
-def _parse_scale(scale: object) -> dict[str, Any]:
+def _parse_scale(scale: object) -> dict[str, tuple[Any, Any]]:
+    """For each glob a number and its unit. Where it can, a number is one of Python, by which
+    transformations are compared."""
     caller = "`unitful(scale=...)`"
     if scale is None:
         return {}
@@ -155,36 +190,40 @@ def _parse_scale(scale: object) -> dict[str, Any]:
             f"{caller} must be a dict from path to scale, such as `{{'*.tau': 20.0}}`. Got "
             f"{show(scale)}."
         )
+    parsed = {}
     for glob, size in scale.items():
         if not isinstance(glob, str):
             raise TypeError(f"{caller} must have paths as keys. Got {show(glob)}.")
         compile_glob(glob)
         refuse_foreign(size, "unitful(scale=...)")
-        number = split_unit(size)[0]
+        number, unit = split_unit(size)
         if not eqx.is_array_like(number) or isinstance(number, bool | complex):
             raise TypeError(
                 f"{caller} must hold a Quantity or a number for each path. Got {show(size)} "
                 f"at {quote(glob)}."
             )
-        if not is_any_traced([number]) and not (np.asarray(number, float) > 0).all():
-            raise ValueError(
-                f"{caller} must hold positive sizes. Got {show(size)} at {quote(glob)}."
-            )
-    return dict(scale)
+        if not is_any_traced([number]):
+            if not (np.asarray(number, float) > 0).all():
+                raise ValueError(
+                    f"{caller} must hold positive sizes. Got {show(size)} at {quote(glob)}."
+                )
+            number = float(number) if jnp.ndim(number) == 0 else number
+        parsed[glob] = number, unit
+    return parsed
 
 
+@dataclasses.dataclass(frozen=True)
 class _Scaling:
     """The way from quantities to pure numbers and back. Units are given by path."""
 
-    def __init__(self, loss_unit: Unit, scale: dict[str, Any]):
-        self._loss_unit = loss_unit
-        self._scale = scale
+    loss_unit: Unit
+    scale: dict[str, tuple[Any, Any]]
 
     def check(self, flat: FlatTree) -> None:
         """Checks the scales for these parameters."""
         whole = _whole.get() or flat
         names = {*flat.names, *whole.names, *names_without_leaves(flat.tree)}
-        for glob in self._scale:
+        for glob in self.scale:
             if not any(map(compile_glob(glob).fullmatch, names)):
                 raise ValueError(
                     "`unitful(scale=...)` must name paths of the parameters. Got "
@@ -194,21 +233,22 @@ class _Scaling:
             glob = self._find_glob(name)
             if glob is None:
                 continue
-            (number, unit), (size, size_unit) = split_unit(leaf), split_unit(self._scale[glob])
+            (number, unit), (size, size_unit) = split_unit(leaf), self.scale[glob]
             text = f"`unitful(scale=...)` at {quote(name)} must have the dimension of the "
             text += "parameter."
             find_factors([unit, size_unit], text, ["parameter", "scale"])
             if jnp.shape(size) not in ((), jnp.shape(number)):
                 raise ValueError(
                     f"`unitful(scale=...)` at {quote(name)} must be a number, or of the shape "
-                    f"of the parameter, {jnp.shape(number)}. Got {show(self._scale[glob])}."
+                    f"of the parameter, {jnp.shape(number)}. Got "
+                    f"{show(attach_unit(size, size_unit))}."
                 )
 
     def _find_glob(self, name: str) -> str | None:
         """The key of the scale for a parameter."""
-        if name in self._scale:
+        if name in self.scale:
             return name
-        found = [glob for glob in self._scale if compile_glob(glob).fullmatch(name)]
+        found = [glob for glob in self.scale if compile_glob(glob).fullmatch(name)]
         if len(found) > 1:
             raise ValueError(
                 f"`unitful(scale=...)` must give one scale to {quote(name)}. Got two, at "
@@ -222,7 +262,7 @@ class _Scaling:
             if unit != _find_unit(name, units):
                 raise_mismatch(
                     f"`unitful(...)` needs the parameter at `{name}` in the unit that it had "
-                    "on `init`. Make another state by `init`",
+                    "on `init`. Make another state by `init`, or an optimizer by `reselect`",
                     units[name],
                     unit,
                 )
@@ -233,7 +273,7 @@ class _Scaling:
     def shrink_grads(self, grads: PyTree, units: dict[str, Any]) -> Any:
         def shrink(name: str, leaf: object) -> Any:
             number, unit = split_unit(leaf)
-            expected = find_quotient(self._loss_unit, _find_unit(name, units))
+            expected = find_quotient(self.loss_unit, _find_unit(name, units))
             factor = find_factor(unit, expected)
             if factor is None:
                 raise_mismatch(_explain(name, unit, units[name]), expected, unit)
@@ -258,7 +298,7 @@ class _Scaling:
     def _shrink_value(self, value: object) -> Any:
         number, unit = split_unit(value)
         text = "`unitful(loss_unit=...)` must have the dimension of the loss."
-        _, factor = find_factors([self._loss_unit, unit], text, ["loss_unit", "loss"])
+        _, factor = find_factors([self.loss_unit, unit], text, ["loss_unit", "loss"])
         return _multiply(number, factor)
 
     def _find_scale(self, name: str, unit: Unit) -> Any:
@@ -266,10 +306,51 @@ class _Scaling:
         glob = self._find_glob(name)
         if glob is None:
             return 1.0
-        number, scale_unit = split_unit(self._scale[glob])
+        number, scale_unit = self.scale[glob]
         factor = find_factor(scale_unit, unit)
         assert factor is not None
         return number * factor
+
+    def describe(self, name: str, unit: Unit) -> Scale:
+        """The scale of a parameter as text, in the same words however it is written."""
+        glob = self._find_glob(name)
+        size, unit = (1.0, unit) if glob is None else self.scale[glob]
+        is_short = not is_any_traced([size]) and np.size(size) <= _MOST_SIZES
+        text = f"units of {_list(size) if is_short else show(size)}"
+        text += "" if unit is None else f" {unit}"
+        text += "" if self.loss_unit is None else f", loss in {self.loss_unit}"
+        return Scale(text, _write(size, unit), _write(1.0, self.loss_unit))
+
+
+def list_scales(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Scale]]:
+    """The dotted paths of what a pytree keeps for parameters in a scale, and that scale."""
+    is_leaf = lambda node: isinstance(node, UnitfulState | State)
+    for path, node in jtu.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        where = [*filter(None, (prefix, name_of(path)))]
+        if isinstance(node, State):
+            yield from list_scales(node.content.combine(), ".".join(where))
+        elif isinstance(node, UnitfulState):
+            scales = node.units.scales
+            for name in FlatTree(node.inner_state).names:
+                ends = [name.split(".", i)[-1] for i in range(name.count(".") + 1)]
+                found = [scales[end] for end in ends if end in scales]
+                if found and not found[0].is_traced:
+                    yield ".".join([*where, "inner_state", name]), found[0]
+
+
+def _write(size: Any, unit: Unit) -> str:
+    if is_any_traced([size]):
+        return f"{_TRACED} {id(size)}"
+    _, magnitude, dim = describe_unit(unit) or ("1", "1", "1")
+    text = _list(np.asarray(size, float) * float(magnitude))
+    if np.size(size) > _MOST_SIZES:
+        text = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text} {dim}"
+
+
+def _list(size: Any) -> str:
+    # Few digits, because the same scale in another unit differs by rounding.
+    return ",".join([f"{number:.5g}" for number in np.ravel(np.asarray(size, float))])
 
 
 def _map(func: Callable[[str, Any], Any], tree: PyTree) -> Any:

@@ -26,6 +26,12 @@ def compile_glob(glob: str) -> re.Pattern[str]:
     return re.compile(f"(?:{'|'.join([re.escape(glob), *choices])})(?:\\..*)?", re.DOTALL)
 
 
+@ft.lru_cache
+def list_paths(glob: str) -> tuple[str, ...]:
+    """The names that a glob may spell out: itself, and those in its braces."""
+    return tuple(dict.fromkeys([glob, *[choice for choice, _ in _expand_braces(glob)]]))
+
+
 def find_unmatched(glob: str, names: Sequence[str]) -> str | None:
     """A glob without braces, for an alternative in the braces that matches none of the names.
 

@@ -7,7 +7,7 @@ import functools as ft
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import equinox as eqx
 import jax
@@ -21,20 +21,24 @@ from .._tree.prompt import AtPrompt
 from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import split_unit
-from .glob import compile_glob, find_unmatched
+from .glob import compile_glob, find_unmatched, list_paths
 
 
 class Selector(AtPrompt, abc.ABC):
     """Says which leaves of a pytree are meant. Combines with `&`, `|` and `~`."""
 
     _inner = frozenset(
-        ["combine", "entries", "glob", "indices", "mask", "node_type"]
+        ["combine", "entries", "glob", "indices", "list_paths", "mask", "node_type"]
         + ["predicate", "selectors", "structure", "where"]
     )
 
     @abc.abstractmethod
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         """One bool for each leaf; it may be true for leaves that are never trained."""
+
+    def list_paths(self) -> Sequence["Path"]:
+        """Those of which each is to choose a leaf."""
+        return ()
 
     def __and__(self, other: "SelectorLike") -> "Selector":
         return _Combined(operator.and_, (self, as_selector(other)))
@@ -72,6 +76,11 @@ class _Combined(Selector):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         return list(map(self.combine, *[each.mask(flat) for each in self.selectors]))
 
+    def list_paths(self) -> Sequence["Path"]:
+        if self.combine is not operator.or_:
+            return ()
+        return [path for each in self.selectors for path in each.list_paths()]
+
     def __repr__(self) -> str:
         if self.combine is operator.not_:
             return f"~{self.selectors[0]!r}"
@@ -101,6 +110,9 @@ class Path(Selector):
                     f"{near_misses(unmatched, flat)}"
                 )
         return mask
+
+    def list_paths(self) -> Sequence["Path"]:
+        return [Path(each) for each in list_paths(self.glob)]
 
     def __repr__(self) -> str:
         return f"path({self.glob!r})"
@@ -285,7 +297,8 @@ def path(*globs: str) -> Selector:
     - `TypeError`, `ValueError`: at once, without a glob or with one that is no string or
         not well-formed.
     - `ValueError`: on selecting, if one of `globs` matches nothing, or one of the texts in
-        its braces. The message lists the nearest paths.
+        its braces. The message lists the nearest paths. Also if one of them is the very path
+        of a leaf that is no inexact array; `*` and `**` pass over those.
 
     **Example:**
 
@@ -422,12 +435,8 @@ def select(flat: FlatTree, selector: Selector, caller: str) -> Selection:
     mask = selector.mask(flat)
     indices = [i for i in flat.differentiable if mask[i]]
     if not indices:
-        refuse_brainstate(flat.leaves, caller)
-        raise ValueError(
-            f"`{caller}` must select inexact arrays. Got {selector!r}, which selects "
-            f"{_describe_chosen(flat, mask)} of the `{type(flat.tree).__name__}`. "
-            f"{_describe_choice(flat)}{_describe_states(flat, mask)}"
-        )
+        _refuse(flat, selector, mask, caller)
+    _check_paths(flat, selector, flat.differentiable, caller)
     return Selection.of(flat, indices)
 
 
@@ -448,7 +457,28 @@ def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
             f"{quote(flat.names[chosen[0]])}. Select states by `vg.instance(vg.State)`, and "
             "arrays by `~vg.instance(vg.State)`."
         )
+    _check_paths(flat, selector, [*flat.differentiable, *states], caller)
     return Selection.of(flat, chosen)
+
+
+def _check_paths(
+    flat: FlatTree, selector: Selector, indices: Sequence[int], caller: str
+) -> None:
+    """Refuses a leaf that is named by itself, and is none of those that can be chosen."""
+    if paths := selector.list_paths():
+        names = set(flat.names).difference([flat.names[i] for i in indices])
+        for path in paths:
+            if path.glob in names:
+                _refuse(flat, path, [name == path.glob for name in flat.names], caller)
+
+
+def _refuse(flat: FlatTree, selector: Selector, mask: Sequence[bool], caller: str) -> NoReturn:
+    refuse_brainstate(flat.leaves, caller)
+    raise ValueError(
+        f"`{caller}` must select inexact arrays. Got {selector!r}, which selects "
+        f"{_describe_chosen(flat, mask)} of the `{type(flat.tree).__name__}`. "
+        f"{_describe_choice(flat)}{_describe_states(flat, mask)}"
+    )
 
 
 def check_names(flat: FlatTree, indices: Sequence[int]) -> None:

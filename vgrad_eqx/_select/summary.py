@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree.flat import FlatTree, is_scalar
+from .._tree.flat import FlatTree
 from .._tree.prompt import AtPrompt
 from .._tree.state import read, State
 from .._tree.text import check_flag
@@ -147,7 +147,7 @@ def _list_rows(
         inner = dict(zip(paths, value.leaves, strict=True))
     for path, each in inner.items():
         array, unit = split_unit(each)
-        if unit is not None and is_scalar(array):
+        if unit is not None and isinstance(array, int | float | complex):
             array = np.asarray(array, jnp.result_type(array))
         if isinstance(array, jax.Array | jax.Ref | np.ndarray | np.generic):
             fate = "chosen" if index in chosen else "frozen"

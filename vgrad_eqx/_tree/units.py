@@ -115,7 +115,7 @@ def find_factor(unit: Unit, to: Unit) -> float | None:
 
 
 def raise_mismatch(text: str, *units: Any) -> NoReturn:
-    """Raises the error of brainunit, which appends the units and a full stop."""
+    """Raises the error of brainunit, which appends units that are passed, and a full stop."""
     import brainunit
 
     raise brainunit.UnitMismatchError(text, *map(_as_unit, units))
@@ -132,7 +132,7 @@ def find_factors(units: Sequence[Any], text: str, names: Sequence[str]) -> list[
             f"`{name}` in {'1' if unit is None else unit}"
             for name, unit in zip(names, units, strict=True)
         ]
-        raise_mismatch(f"{text} Got {', '.join(listed)}", *units)
+        raise_mismatch(f"{text} Got {', '.join(listed)}.")
     return [factor for factor in factors if factor is not None]
 
 

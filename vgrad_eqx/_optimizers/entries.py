@@ -1,0 +1,106 @@
+"""What an optax state keeps for which parameter, and for which group of them."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._tree.text import show
+from .._tree.types import PyTree
+from .hyperparams import is_hyperparam
+from .partition import GroupStates
+from .unitful import UnitfulState
+
+
+class Entry(NamedTuple):
+    """A leaf of an optax state: where it is, for which parameters, and of which one.
+
+    `scales` are those of the parameters, if they are inside of a `unitful`.
+    """
+
+    path: jtu.KeyPath  # without the labels of groups
+    group: tuple[str, ...]
+    name: str | None
+    leaf: Any
+    scales: Mapping[str, Any] = {}
+
+
+def locate(opt_state: PyTree, names: tuple[str, ...]) -> Iterator[Entry]:
+    """The leaves of an optax state, in the order of JAX.
+
+    What optax keeps for each parameter it keeps in a dict like that of the parameters.
+    """
+    keys = set(names)
+
+    def is_known(node: object) -> bool:
+        return isinstance(node, _OURS) or (isinstance(node, dict) and node.keys() == keys)
+
+    for path, node in jtu.tree_flatten_with_path(opt_state, is_leaf=is_known)[0]:
+        if isinstance(node, _OURS):
+            for entry in _locate_inside(node, names):
+                yield entry._replace(path=path + entry.path)
+        elif is_known(node):
+            for inner_path, leaf in jtu.tree_leaves_with_path(node):
+                yield Entry(path + inner_path[1:], names, inner_path[0].key, leaf)
+        else:
+            yield Entry(path, names, None, node)
+
+
+_OURS = (GroupStates, UnitfulState)
+
+
+def _locate_inside(node: Any, names: tuple[str, ...]) -> Iterator[Entry]:
+    if isinstance(node, GroupStates):
+        for label, group in node.groups:
+            yield from locate(node[label], group)
+    else:
+        for entry in locate(node.inner_state, names):
+            yield entry._replace(scales=node.units.scales)
+
+
+def carry_over(
+    fresh: Sequence[Entry], old: Sequence[Entry], old_names: Collection[str]
+) -> list[Any]:
+    """The leaves of a fresh state, with what an old one knows of the parameters that stay."""
+    by_name: dict[Any, Entry] = {
+        _identify(entry, entry.name): entry for entry in old if entry.name is not None
+    }
+    # What belongs to no parameter, such as a count, is that of all in its group.
+    shared = {
+        _identify(entry, name): entry
+        for entry in old
+        if entry.name is None
+        for name in entry.group
+    }
+    leaves = []
+    for entry in fresh:
+        name, leaf = entry.name, entry.leaf
+        found = by_name.get(_identify(entry, name))
+        if name is None:  # it comes from where most of the group was
+            votes = [
+                shared.get(_identify(entry, each)) for each in entry.group if each in old_names
+            ]
+            ids = list(map(id, votes))
+            found = max(votes, key=lambda entry: ids.count(id(entry)), default=None)
+        if found is not None and _is_alike(found.leaf, leaf):
+            leaf = found.leaf
+        elif found is not None and name is None:
+            raise ValueError(
+                "`Optimizer.reselect` keeps what the optimizer knows of each leaf. Got one "
+                f"that mixes the leaves, in a {show(found.leaf)} that would be a "
+                f"{show(leaf)}, as `optax.flatten` does. Make another optimizer, "
+                "which starts anew."
+            )
+        leaves.append(leaf)
+    return leaves
+
+
+def _identify(entry: Entry, name: str | None) -> Any:
+    """Where it is, for which parameter, and what a number in it stands for."""
+    scale = None if name is None or is_hyperparam(entry.path) else entry.scales.get(name)
+    return entry.path, name, scale and scale[1:]
+
+
+def _is_alike(old: PyTree, new: PyTree) -> bool:
+    return jnp.shape(old) == jnp.shape(new) and jnp.result_type(old) == jnp.result_type(new)
