@@ -74,12 +74,34 @@ _Q = ParamSpec("_Q")
 _Owner = TypeVar("_Owner")
 
 
+@jtu.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A function that is no pytree. As a leaf, it would not pass through `jax.jit`."""
+
+    func: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.func(*args)
+
+    @classmethod
+    def wrap(cls, func: Any) -> Any:
+        return cls(func) if callable(func) and jtu.all_leaves([func]) else func
+
+    @staticmethod
+    def unwrap(wrapped: Any) -> Any:
+        return wrapped.func if type(wrapped) is _Static else wrapped
+
+
 class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
     """A function turned into its gradient, as [`vgrad_eqx.vector_grad`][] returns it.
 
-    It is a pytree with the leaves of `func`, so it passes through `jax.jit`,
-    `equinox.filter_jit` and `jax.vmap`, also as an argument. In the body of a class it binds
-    like a method. Make one by `vector_grad`, which checks the options.
+    It is a pytree with the leaves of `func`, of the `cotangent` and of the states by reference
+    in `grad_states`. A plain function and selectors are static, so it passes through `jax.jit`,
+    `jax.vmap` and `jax.lax.scan`, also as an argument, if `func` is a function or a pytree of
+    arrays. A module with other leaves, such as the activation of `equinox.nn.MLP`, takes
+    `equinox.filter_jit` or [`vgrad_eqx.jit`][], as it does by itself. In the body of a class it
+    binds like a method. Make one by `vector_grad`, which checks the options.
 
     **Arguments:**
 
@@ -115,7 +137,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
 
     @property
     def func(self) -> Callable[..., Any]:
-        return self.wrapped.func if type(self.wrapped) is jtu.Partial else self.wrapped
+        return _Static.unwrap(self.wrapped)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -156,7 +178,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
             unit_aware=self.unit_aware or None,
             check_states=None if self.check_states else False,
             debug_nan=self.debug_nan or None,
-            cotangent=self.cotangent,
+            cotangent=_Static.unwrap(self.cotangent),
             order=self.operator.power if self.operator.power > 1 else None,
         )
 
@@ -332,9 +354,6 @@ def _wrap(func: Callable[..., Any], *, operator: Operator, **options: Any) -> An
             f"`{name}(func=...)` must be a callable. Got {show(func)}. To set options first, "
             f"use `@{name}(grad_states=...)`."
         )
-    wrapped = func
-    is_partial = isinstance(func, ft.partial)
-    if jtu.all_leaves([func]) and hasattr(func, "__wrapped__") and not is_partial:
-        # Of a leaf such as `jax.vmap(model)`, Equinox warns that its arrays are not trained.
-        wrapped = jtu.Partial(func)
-    return eqx.module_update_wrapper(GradientTransform(wrapped, operator=operator, **options))
+    options["cotangent"] = _Static.wrap(options["cotangent"])
+    transform = GradientTransform(_Static.wrap(func), operator=operator, **options)
+    return eqx.module_update_wrapper(transform)
