@@ -1,16 +1,17 @@
 """Which positional arguments are differentiated."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from .._tree.text import show
 
 
 def parse_argnums(argnums: object, caller: str) -> int | tuple[int, ...] | None:
-    """An int or a tuple of ints, as they were given."""
+    """An int, or a tuple of those in a sequence."""
     if argnums is None:
         return None
-    if isinstance(argnums, list | tuple):
+    if isinstance(argnums, Sequence) and not isinstance(argnums, str):
         if not argnums:
             raise ValueError(
                 f"`{caller}` must name at least one argument. Got {show(argnums)}."

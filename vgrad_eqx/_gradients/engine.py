@@ -74,6 +74,15 @@ _Q = ParamSpec("_Q")
 _Owner = TypeVar("_Owner")
 
 
+def _has_hash(func: Callable[..., Any]) -> bool:
+    """What has none, such as a mutable dataclass, may change and still equal itself."""
+    try:
+        hash(func)
+    except TypeError:
+        return False
+    return True
+
+
 @jtu.register_static
 @dataclasses.dataclass(frozen=True)
 class _Static:
@@ -86,7 +95,8 @@ class _Static:
 
     @classmethod
     def wrap(cls, func: Any) -> Any:
-        return cls(func) if callable(func) and jtu.all_leaves([func]) else func
+        is_leaf = callable(func) and jtu.all_leaves([func])
+        return cls(func) if is_leaf and _has_hash(func) else func
 
     @staticmethod
     def unwrap(wrapped: Any) -> Any:
@@ -257,10 +267,11 @@ def pull_back(
     """`vector_grad` and `grad`: one product of cotangents and the Jacobian."""
     numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
     if of_scalar and (numbers[1:] or jnp.ndim(numbers[0]) or jnp.iscomplexobj(numbers[0])):
+        hint = " Pass `has_aux=True` if the others are auxiliary." if numbers[1:] else ""
         raise TypeError(
             f"`{flat_func.name}(func=...)` must return a real scalar. Got outputs of "
-            f"{name_shapes(numbers)}. Use `vector_grad` for the gradient of the sum of all "
-            "outputs, or `jacrev` for all derivatives."
+            f"{name_shapes(numbers)}.{hint} Use `vector_grad` for the gradient of the sum of "
+            "all outputs, or, if they are real, `jacrev` for all derivatives."
         )
     refuse_unreached(pull, func, flat_func)
     if flat_func.transform.cotangent is None and output.rest.units is None:
@@ -285,6 +296,12 @@ def pull_back_rows(
 ) -> Any:
     """`jacrev`: a product for each element of the outputs, all at once."""
     numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
+    if any(map(jnp.iscomplexobj, numbers)):
+        raise TypeError(
+            f"`{flat_func.name}(func=...)` must return real outputs. Got outputs of "
+            f"{name_shapes(numbers)}. Return the pair `(y.real, y.imag)`, or for first "
+            "derivatives by real leaves use `jacfwd`."
+        )
     refuse_unreached(pull, func, flat_func)
 
     # JAX's Jacobian, of a function that has been differentiated already.
@@ -301,6 +318,7 @@ def push_forward_columns(
     func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
 ) -> Any:
     """`jacfwd`: a product for each element of the leaves, all at once."""
+    flat_func.refuse_complex()
     numbers, push, output = jax.linearize(func, *diff, has_aux=True)
     refuse_unreached(push, func, flat_func)
 
@@ -317,6 +335,7 @@ def push_forward_rows(
     func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
 ) -> Any:
     """`hessian`: forward over reverse."""
+    flat_func.refuse_complex()
 
     def differentiate(*diff: jax.Array) -> Any:
         numbers, output, rows = pull_back_rows(func, diff, flat_func)

@@ -475,7 +475,7 @@ def _describe_chosen(flat: FlatTree, mask: Sequence[bool]) -> str:
 
 def _describe_choice(flat: FlatTree) -> str:
     names = [quote(flat.names[i]) for i in flat.differentiable]
-    empty = list(map(quote, names_without_leaves(flat.tree)))
+    empty = [quote(name) for name in names_without_leaves(flat.tree) if name]
     choice = f"Its inexact arrays are {shorten(names, 3)}." if names else "It has none."
     return f"{choice} There is nothing at {shorten(empty, 3)}." if empty else choice
 
