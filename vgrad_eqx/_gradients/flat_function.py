@@ -94,7 +94,8 @@ class FlatFunction:
                     raise TypeError(
                         f"`{self.name}({option}=...)` must name real leaves. Got "
                         f"{jnp.result_type(number)} in `{name}`. Split it into two real "
-                        "leaves, which `func` joins by `jax.lax.complex(real, imag)`, or leave it out."
+                        "leaves, which `func` joins by `jax.lax.complex(real, imag)`, or leave "
+                        "it out."
                     )
 
     @property
