@@ -1,17 +1,16 @@
 """Which positional arguments are differentiated."""
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 from .._tree.text import show
 
 
 def parse_argnums(argnums: object, caller: str) -> int | tuple[int, ...] | None:
-    """An int, or a tuple of those in a sequence."""
+    """An int or a tuple of ints."""
     if argnums is None:
         return None
-    if isinstance(argnums, Sequence) and not isinstance(argnums, str):
+    if isinstance(argnums, list | tuple | range):
         if not argnums:
             raise ValueError(
                 f"`{caller}` must name at least one argument. Got {show(argnums)}."
