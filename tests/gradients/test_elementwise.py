@@ -216,6 +216,29 @@ def test_dtypes(dtype):
         vg.elementwise_grad(lambda x: x - x.mean())(x)
 
 
+def test_complex_outputs_of_real_leaves():
+    x, func = jnp.array([1.0, 2.0]), lambda x: (1 + 2j) * x**3
+    match = (
+        r"order=1\)` must return real outputs .* leaf `args\[0\]`, f32\[2\]. Got c64\[2\]. Ret"
+    )
+    with pytest.raises(TypeError, match=match.replace("f32", r"f\d+").replace("c64", r"c\d+")):
+        vg.elementwise_grad(func)(x)
+    real, imag = vg.elementwise_grad(lambda x: (func(x).real, func(x).imag))(x)
+    assert tree_allclose(real + 1j * imag, (1 + 2j) * 3 * x**2)
+    assert tree_allclose(vg.elementwise_grad(func, order=2)(x), (1 + 2j) * 6 * x)
+
+
+def test_complex_leaves():
+    z, squared = jnp.array([1 + 2j, 3 - 1j]), lambda z: jnp.abs(z) ** 2
+    assert tree_allclose(vg.elementwise_grad(lambda z: z**3, order=2)(z), 6 * z)
+    assert tree_allclose(vg.elementwise_grad(squared)(z), 2 * jnp.conj(z))
+    match = (
+        r"order=2\)` must return complex outputs for the complex leaf `z`.* `jax.lax.complex"
+    )
+    with pytest.raises(TypeError, match=match):
+        vg.elementwise_grad(lambda tree: squared(tree["z"]), "z", order=2)({"z": z})
+
+
 def test_small_derivatives_and_those_that_are_not_finite_pass():
     x = jnp.linspace(0.0, 12.0, 64)
     for order in (1, 2):

@@ -273,6 +273,17 @@ def test_complex_follows_the_convention_of_jax():
     assert tree_allclose(real, 2 * jnp.conj(z))
 
 
+def test_of_a_complex_output_a_real_leaf_sees_the_real_part():
+    x, func = jnp.array([1.0, 2.0]), lambda x: (1 + 3j) * x**2
+    assert tree_allclose(vg.vector_grad(func)(x), 2 * x)
+    assert tree_allclose(vg.vector_grad(func)(x), vg.vector_grad(lambda x: func(x).real)(x))
+
+
+def test_argnums_may_be_a_range():
+    func = lambda x, y: x * y
+    assert vg.vector_grad(func, argnums=range(2))(2.0, 3.0) == (3.0, 2.0)
+
+
 def test_empty_arrays_work():
     x = jnp.zeros((0, 3))
     assert tree_allclose(vg.vector_grad(lambda x: x**2)(x), x)

@@ -317,8 +317,10 @@ def test_the_family_refuses_alike(name):
 
 @pytest.mark.parametrize("out", [lambda x: x, lambda x: (x[0], x[1]), lambda x: x[0] + 1j])
 def test_grad_of_no_real_scalar_says_what_to_use(out):
+    hint = " Pass `has_aux=True`" if isinstance(out(X), tuple) else ""
     with pytest.raises(
-        TypeError, match="must return a real scalar. Got.*`vector_grad`.*`jacrev`"
+        TypeError,
+        match=rf"must return a real scalar. Got .*\]\.{hint}.* `vector_grad`.*`jacrev`",
     ):
         vg.grad(out)(X)
 
@@ -328,9 +330,82 @@ def test_complex_outputs_and_inputs_are_those_of_jax():
     func = lambda z: jnp.sum(jnp.abs(z) ** 2)
     assert tree_allclose(vg.grad(func)(z), jax.grad(func)(z))
     assert tree_allclose(vg.jacrev(func)(z), jax.jacrev(func)(z))
-    for operator, values in ((vg.jacrev, X + 1j), (vg.jacfwd, X + 1j), (vg.hessian, X + 1j)):
-        with pytest.raises(TypeError, match="(real|complex)"):
-            operator(lambda z: z * 2)(values)
+    by_real = lambda x: (1 + 2j) * x**2
+    assert tree_allclose(vg.jacfwd(by_real)(X), jax.jacfwd(by_real)(X))
+
+
+Z = {"x": jnp.array([1.0, 2.0]), "z": jnp.array([1 + 2j])}
+COMPLEX_LEAVES = {
+    "argument": ({}, Z["z"], r"argnums=...\)` must name .* complex\d+ in `args\[0\]`. Split"),
+    "inside": ({}, Z, r"argnums=...\)` must name real leaves. Got complex\d+ in `args\[0\].z`"),
+    "number": ({"argnums": -1}, 1j, r"argnums=...\)` must name real leaves. Got complex"),
+    "path": (
+        {"grad_states": "**"},
+        Z,
+        r"grad_states=...\)` must name .* complex\d+ in `z`. Sp",
+    ),
+}
+
+
+def sum_of_squares(tree):
+    return sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", ["jacfwd", "hessian"])
+@pytest.mark.parametrize("case", COMPLEX_LEAVES.values(), ids=COMPLEX_LEAVES.keys())
+def test_complex_leaves_are_named_where_real_ones_are_needed(name, case):
+    options, arg, match = case
+    with pytest.raises(TypeError, match=rf"`{name}\({match}"):
+        getattr(vg, name)(sum_of_squares, **options)(arg)
+
+
+@pytest.mark.parametrize("name", ["jacfwd", "hessian"])
+def test_a_complex_state_is_named_where_real_ones_are_needed(name):
+    state = vg.State(Z["z"], name="wave")
+    match = rf"`{name}\(grad_states=...\)` must name real leaves. Got complex\d+ in `wave`"
+    with pytest.raises(TypeError, match=match):
+        getattr(vg, name)(lambda: sum_of_squares(state.value), state)()
+
+
+def test_complex_leaves_that_are_not_differentiated_pass():
+    func = lambda tree: jnp.abs(tree["z"] @ tree["z"].T * tree["x"]) ** 2
+    by_x = lambda x: func({**Z, "x": x})
+    for operator, theirs in JACOBIANS.values():
+        expected = theirs(by_x)(Z["x"])
+        result = operator(func, "x")(Z)
+        assert tree_allclose(
+            result["x"]["x"] if operator is vg.hessian else result["x"], expected
+        )
+
+
+@pytest.mark.parametrize("name", ["jacrev", "hessian"])
+@pytest.mark.parametrize("options", [{"grad_states": "x"}, {"argnums": 1}], ids=str)
+def test_complex_outputs_are_refused_where_real_ones_are_needed(name, options):
+    func = lambda tree, x: {"out": tree["x"] * tree["z"] * x, "real": x}
+    match = rf"`{name}\(func=...\)` must return real .* c\d+\[2\], f\d+\[2\]. Return the pair"
+    with pytest.raises(TypeError, match=rf"{match} .* `jacfwd`"):
+        getattr(vg, name)(func, **options)(Z, Z["x"])
+    split = lambda *args: (func(*args)["out"].real, func(*args)["out"].imag)
+    real, imag = vg.jacrev(split, **options)(Z, Z["x"])
+    expected = vg.jacfwd(func, **options)(Z, Z["x"])["out"]
+    assert tree_allclose(jax.tree.map(jax.lax.complex, real, imag), expected)
+
+
+def test_dtypes_of_jacobians_are_those_of_jax():
+    tree = {"a": jnp.ones(2, "bfloat16"), "b": jnp.ones(2)}
+    func = lambda tree: tree["a"] ** 2 * tree["b"] ** 2
+    dtypes = {
+        name: jax.tree.map(jnp.result_type, ours(func, "**")(tree))
+        for name, (ours, _) in JACOBIANS.items()
+    }
+    half, single = jnp.dtype("bfloat16"), jnp.result_type(float)
+    assert dtypes == {
+        "jacrev": {"a": half, "b": single},
+        "jacfwd": {"a": single, "b": single},
+        "hessian": {"a": {"a": half, "b": half}, "b": {"a": single, "b": single}},
+    }
+    for name, (_, theirs) in JACOBIANS.items():
+        assert dtypes[name] == jax.tree.map(jnp.result_type, theirs(func)(tree))
 
 
 # Cotangents
@@ -392,6 +467,19 @@ def test_wrong_cotangents(case):
     cotangent, error, match = case
     with pytest.raises(error, match=rf"(?s)`vector_grad\(cotangent=...\)`.*{match}"):
         vg.vector_grad(lambda x: {"y": x}, cotangent=cotangent)(X)
+
+
+def test_cotangents_under_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        for number in (2, 2.0):
+            scaled = vg.vector_grad(lambda x: x[0] * x[1], cotangent=number)
+            assert tree_allclose(scaled(X), jnp.array([2.0 * X[1], 2.0 * X[0], 0.0]))
+        assert vg.vector_grad(lambda z: z * 2, cotangent=1j)(jnp.array(1j)) == 2j
+        for wrong in (jnp.ones(3, "float16"), jnp.ones(3, int), X.astype(complex)):
+            with pytest.raises(ValueError, match="must have the shape and dtype"):
+                vg.vector_grad(lambda x: x, cotangent=wrong)(X)
+        with pytest.raises(ValueError, match="must have the shape and dtype.*complex"):
+            vg.vector_grad(lambda x: x[0], cotangent=1j)(X)
 
 
 def test_cotangents_of_several_units_are_refused():

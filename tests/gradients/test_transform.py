@@ -1,5 +1,6 @@
 """What a call refuses, `check_states` and `debug_nan`."""
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -51,6 +52,11 @@ WRONG_OPTIONS = {
         "Got 1.0",
     ),
     "text argnums": (lambda: vector_grad(square, argnums="x"), TypeError, "Got 'x'"),
+    "nested argnums": (
+        lambda: vector_grad(square, argnums=((0, 1),)),
+        TypeError,
+        r"Got \(\(0, 1\),\)",
+    ),
     "bool in argnums": (
         lambda: vector_grad(square, argnums=(0, False)),
         TypeError,
@@ -153,6 +159,12 @@ WRONG_CALLS = {
         "Got argument 0: 3, in which nothing can be differentiated. Convert numbers",
     ),
     "bool": (vector_grad(square), (True,), TypeError, "Got argument 0: True"),
+    "self": (
+        vector_grad(lambda self, x: x),
+        (object(), X),
+        TypeError,
+        "Got argument 0: a `object`, .* Name another one, such as that after `self` by `argn",
+    ),
     "int array": (
         vector_grad(square),
         (np.arange(2, dtype=np.int32),),
@@ -226,6 +238,42 @@ WRONG_CALLS = {
 def test_wrong_calls_are_refused(transform, args, error, match):
     with pytest.raises(error, match=match):
         transform(*args)
+
+
+HIDDEN = {
+    "jax.vmap": lambda model: jax.vmap(model),
+    "jax.jit of jax.vmap": lambda model: jax.jit(jax.vmap(model)),
+    "a method": lambda model: jax.vmap(model.__call__),
+    "functools.partial": lambda model: ft.partial(model, key=None),
+    "argument of functools.partial": lambda model: ft.partial(apply, model),
+    "jax.tree_util.Partial": lambda model: jax.tree_util.Partial(apply, model),
+    "jax.vmap of functools.partial": lambda model: jax.vmap(ft.partial(apply, model)),
+    "another transform": lambda model: vg.vector_grad(jax.vmap(model)),
+}
+
+
+@pytest.mark.parametrize("hide", HIDDEN.values(), ids=HIDDEN.keys())
+@pytest.mark.parametrize("grad_states", ["**", True, "layers.0", {"a": "layers.0.weight"}])
+def test_data_is_not_taken_for_the_leaves_of_a_hidden_module(hide, grad_states):
+    func = hide(make_mlp())
+    match = r"`jacrev\(grad_states=...\)` would .* f\d+\[4,3\], because `func` hides the `MLP`"
+    with pytest.raises(TypeError, match=f"{match}.*`equinox.filter_vmap.*use `argnums`"):
+        vg.jacrev(func, grad_states)(jnp.ones((4, 3)))
+
+
+def test_data_beside_a_hidden_module_is_differentiated():
+    model, x = make_mlp(), jnp.ones((2, 3))
+    expected = jax.jacrev(jax.vmap(model))(x)
+    assert tree_allclose(vg.jacrev(jax.vmap(model))(x), expected)
+    of_tree = ft.partial(lambda model, tree: jax.vmap(model)(tree["x"]), model)
+    assert tree_allclose(vg.jacrev(of_tree, "**")({"x": x}), {"x": expected})
+    by_weight = vg.vector_grad(eqx.filter_vmap(model), "layers.0.bias")(x)
+    summed = lambda bias: eqx.tree_at(lambda m: m.layers[0].bias, model, bias)
+    expected = jax.grad(lambda bias: jax.vmap(summed(bias))(x).sum())(model.layers[0].bias)
+    assert tree_allclose(by_weight, {"layers.0.bias": expected})
+    assert tree_allclose(vg.vector_grad(jax.vmap(jnp.sin), "**")(x), {"": jnp.cos(x)})
+    no_arrays = jax.vmap(eqx.nn.Lambda(jnp.sin))
+    assert tree_allclose(vg.vector_grad(no_arrays, "**")(x), {"": jnp.cos(x)})
 
 
 def test_state_tree_by_keyword_is_refused():

@@ -1,5 +1,7 @@
 """A gradient inside other transformations of JAX and Equinox."""
 
+import dataclasses
+import functools as ft
 import warnings
 
 import equinox as eqx
@@ -11,7 +13,7 @@ import pytest
 import vgrad_eqx as vg
 from jax.sharding import AxisType, PartitionSpec
 
-from ..helpers import apply, make_mlp, tree_allclose
+from ..helpers import apply, Counted, make_mlp, tree_allclose
 
 
 PATHS = ["layers.0.weight", "layers.2.bias"]
@@ -59,6 +61,76 @@ def test_jit_of_the_transform_itself(grad_states):
     nested = {"one": [state], "other": (state,)}
     by_state = vg.vector_grad(lambda x: x * state.value, nested)
     assert tree_allclose(jax.jit(by_state)(tree["b"]), by_state(tree["b"]))
+
+
+LINEAR = eqx.nn.Linear(2, 2, key=jr.key(0))
+ARGUMENTS = {
+    "module": vg.vector_grad(LINEAR),
+    "path": vg.vector_grad(LINEAR, "weight"),
+    "several selectors": vg.jacrev(
+        LINEAR, [vg.leaf(eqx.is_array), ~vg.path("bias")], argnums=0
+    ),
+    "filter spec": vg.vector_grad(LINEAR, eqx.is_array),
+    "function": vg.hessian(lambda x: jnp.sum(x**3)),
+    "functools.partial": vg.grad(ft.partial(lambda n, x: jnp.sum(x**n), 3)),
+    "of jax.vmap": vg.elementwise_grad(jax.vmap(jnp.tanh)),
+    "cotangent": vg.vector_grad(LINEAR, "bias", cotangent=jnp.array([1.0, 2.0])),
+    "function as cotangent": vg.vector_grad(jnp.cumsum, cotangent=jnp.cos),
+    "nested": vg.vector_grad(vg.vector_grad(lambda x: x**3)),
+}
+PASSED = {
+    "jit": lambda transform, x: jax.jit(lambda transform, x: transform(x))(transform, x),
+    "vmap": lambda transform, x: jax.tree.map(
+        lambda each: each[0],
+        jax.vmap(lambda transform, x: transform(x), (None, 0))(transform, x[None]),
+    ),
+    "scan": lambda transform, x: jax.tree.map(
+        lambda each: each[0],
+        jax.lax.scan(lambda each, _: (each, each(x)), transform, length=1)[1],
+    ),
+    "tree.map": lambda transform, x: jax.tree.map(jnp.asarray, transform)(x),
+}
+
+
+@pytest.mark.parametrize("transform", ARGUMENTS.values(), ids=ARGUMENTS.keys())
+@pytest.mark.parametrize("way", PASSED)
+def test_a_transform_passes_as_an_argument(transform, way):
+    x = jnp.array([0.5, -2.0])
+    assert tree_allclose(PASSED[way](transform, x), transform(x))
+
+
+def test_the_leaves_of_a_transform_are_those_of_func_and_cotangent():
+    weight, bias, cotangent = LINEAR.weight, LINEAR.bias, jnp.ones(2)
+    transform = vg.vector_grad(LINEAR, ["weight", vg.at(lambda linear: linear.bias)])
+    assert jax.tree.leaves(transform) == [weight, bias]
+    assert jax.tree.leaves(vg.vector_grad(LINEAR, cotangent=cotangent))[2:] == [cotangent]
+    assert (
+        jax.tree.leaves(vg.vector_grad(jnp.sin, vg.leaf(eqx.is_array), cotangent=jnp.cos)) == []
+    )
+
+
+def test_a_transform_made_anew_is_not_traced_anew_as_an_argument():
+    func = Counted(lambda tree: tree["a"] ** 2)
+    call = jax.jit(lambda transform, tree: transform(tree))
+    for _ in range(3):
+        call(vg.vector_grad(func, "a"), {"a": jnp.ones(2)})
+    call(vg.vector_grad(func, "*"), {"a": jnp.ones(2)})
+    assert func.calls == 2
+
+
+@dataclasses.dataclass
+class Scaled:
+    scale: float
+
+    def __call__(self, x):
+        return self.scale * x
+
+
+def test_a_function_that_may_change_is_not_static():
+    transform = vg.vector_grad(Scaled(2.0))
+    assert tree_allclose(transform(jnp.ones(2)), jnp.full(2, 2.0))
+    with pytest.raises(ValueError, match="Non-hashable static arguments"):
+        eqx.filter_jit(transform)(jnp.ones(2))
 
 
 @pytest.mark.parametrize("donate", ["none", "all"])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 import vgrad_eqx as vg
 
@@ -295,6 +296,26 @@ def test_wrong_selectors_are_refused_at_once(make, args, match):
 def test_at_must_return_a_part_of_the_tree():
     with pytest.raises(TypeError, match=r"`at\(where\)` must return a node .* f\d\d\[3\]"):
         vg.states(make_net(), vg.at(lambda net: jnp.ones(3)))
+
+
+@pytest.mark.parametrize("way", ["states", "Optimizer", "grad"])
+def test_an_array_alone_has_the_path_of_no_characters(way):
+    x = jnp.ones((4, 2))
+    select = {
+        "states": lambda glob: vg.states(x, glob),
+        "Optimizer": lambda glob: vg.Optimizer(optax.sgd(0.1), x, glob).params(x),
+        "grad": lambda glob: vg.grad(jnp.sum, glob)(x),
+    }[way]
+    match = r"It is f32\[4,2\], one leaf of the path '', which `True` .* the model in its place"
+    with pytest.raises(ValueError, match=match.replace("f32", r"f\d+")):
+        select("layers.*")
+    for selector in (True, "**", ""):
+        assert list(select(selector)) == [""]
+
+
+def test_a_tree_without_leaves_says_so():
+    with pytest.raises(ValueError, match=r"selects nothing of the `dict`. It has none.$"):
+        vg.states({}, "**")
 
 
 def test_unmatched_path_lists_the_nearest_ones():

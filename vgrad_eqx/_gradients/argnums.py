@@ -7,10 +7,10 @@ from .._tree.text import show
 
 
 def parse_argnums(argnums: object, caller: str) -> int | tuple[int, ...] | None:
-    """An int or a tuple of ints, as they were given."""
+    """An int or a tuple of ints."""
     if argnums is None:
         return None
-    if isinstance(argnums, list | tuple):
+    if isinstance(argnums, list | tuple | range):
         if not argnums:
             raise ValueError(
                 f"`{caller}` must name at least one argument. Got {show(argnums)}."

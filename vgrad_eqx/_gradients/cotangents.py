@@ -80,10 +80,10 @@ def _parse_number(number: ArrayLike, output: PyTree, caller: str) -> Any:
             f"`{caller}` must hold an array for each inexact output. Got "
             f"{show(number)} for one of shape {shape}."
         )
-    # A Python number has no dtype of its own.
-    fits = jnp.result_type(number, dtype) == dtype and not (
-        hasattr(number, "dtype") and jnp.result_type(number) != dtype
-    )
+    if hasattr(number, "dtype"):
+        fits = jnp.result_type(number) == dtype
+    else:  # a Python number has no dtype of its own
+        fits = jnp.iscomplexobj(output) or not jnp.iscomplexobj(number)
     if jnp.shape(number) != shape or not fits:
         raise ValueError(
             f"`{caller}` must have the shape and dtype of the output, {shape} and {dtype}. Got "

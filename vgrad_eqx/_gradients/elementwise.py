@@ -106,6 +106,8 @@ def elementwise_grad(
 
     - `TypeError`, `ValueError`: on wrapping, for an `order` that is no int, or below 1; for a
         `check` that is no bool.
+    - `TypeError`: on calling, for a complex output by a real leaf, of which reverse mode sees
+        the real part alone; for an `order` above 1, for a real output by a complex leaf.
     - `ValueError`: on calling, for an `order` above 4 for which the program would have more
         than 50 000 operations. Each order makes it two or three times as long.
     - `ValueError`: on calling, if an output has another shape than a leaf; with `check`, if
@@ -165,7 +167,7 @@ class _Elementwise:
         self, func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
     ) -> Any:
         numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
-        _check_shapes(numbers, diff, flat_func)
+        _check_outputs(numbers, diff, flat_func, self.order)
         refuse_unreached(pull, func, flat_func)
         rows = []
         for i, (number, unit) in enumerate(zip(numbers, output.units, strict=True)):
@@ -182,7 +184,7 @@ class _Elementwise:
         self, func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
     ) -> Any:
         numbers, push, output = jax.linearize(func, *diff, has_aux=True)
-        _check_shapes(numbers, diff, flat_func)
+        _check_outputs(numbers, diff, flat_func, self.order)
         refuse_unreached(push, func, flat_func)
         if self.order > _COUNTED:
             _refuse_long(self.order, func, diff)
@@ -278,8 +280,26 @@ def _count_operations(jaxpr: Any) -> int:
     return len(jaxpr.eqns) + sum(map(_count_operations, inner))
 
 
-def _check_shapes(value: Sequence[Any], diff: Sequence[Any], flat_func: FlatFunction) -> None:
+def _check_outputs(
+    value: Sequence[Any], diff: Sequence[Any], flat_func: FlatFunction, order: int
+) -> None:
     for i, leaf in enumerate(diff):
+        # Reverse mode would give the derivative of the real part of a complex output, and
+        # forward mode that of a real output along the real axis.
+        is_complex = jnp.iscomplexobj(leaf)
+        if is_complex == (order > 1) and any(jnp.iscomplexobj(y) != is_complex for y in value):
+            kind = "complex" if is_complex else "real"
+            way_out = (
+                "Split the leaf into two real ones, which `func` joins by "
+                "`jax.lax.complex(real, imag)`."
+                if is_complex
+                else "Return the pair `(y.real, y.imag)`."
+            )
+            raise TypeError(
+                f"`elementwise_grad(func=..., order={order})` must return {kind} outputs for "
+                f"the {kind} leaf `{flat_func.names[i]}`, {name_shapes([leaf])}. Got "
+                f"{name_shapes(value)}. {way_out}"
+            )
         if any(jnp.shape(output) != jnp.shape(leaf) for output in value):
             raise ValueError(
                 "`elementwise_grad(func=...)` must return outputs of the shape of "

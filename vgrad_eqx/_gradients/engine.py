@@ -74,12 +74,44 @@ _Q = ParamSpec("_Q")
 _Owner = TypeVar("_Owner")
 
 
+def _has_hash(func: Callable[..., Any]) -> bool:
+    """What has none, such as a mutable dataclass, may change and still equal itself."""
+    try:
+        hash(func)
+    except TypeError:
+        return False
+    return True
+
+
+@jtu.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A function that is no pytree. As a leaf, it would not pass through `jax.jit`."""
+
+    func: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.func(*args)
+
+    @classmethod
+    def wrap(cls, func: Any) -> Any:
+        is_leaf = callable(func) and jtu.all_leaves([func])
+        return cls(func) if is_leaf and _has_hash(func) else func
+
+    @staticmethod
+    def unwrap(wrapped: Any) -> Any:
+        return wrapped.func if type(wrapped) is _Static else wrapped
+
+
 class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
     """A function turned into its gradient, as [`vgrad_eqx.vector_grad`][] returns it.
 
-    It is a pytree with the leaves of `func`, so it passes through `jax.jit`,
-    `equinox.filter_jit` and `jax.vmap`, also as an argument. In the body of a class it binds
-    like a method. Make one by `vector_grad`, which checks the options.
+    It is a pytree with the leaves of `func`, of the `cotangent` and of the states by reference
+    in `grad_states`. A plain function and selectors are static, so it passes through `jax.jit`,
+    `jax.vmap` and `jax.lax.scan`, also as an argument, if `func` is a function or a pytree of
+    arrays. A module with other leaves, such as the activation of `equinox.nn.MLP`, takes
+    `equinox.filter_jit` or [`vgrad_eqx.jit`][], as it does by itself. In the body of a class it
+    binds like a method. Make one by `vector_grad`, which checks the options.
 
     **Arguments:**
 
@@ -115,7 +147,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
 
     @property
     def func(self) -> Callable[..., Any]:
-        return self.wrapped.func if type(self.wrapped) is jtu.Partial else self.wrapped
+        return _Static.unwrap(self.wrapped)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -156,7 +188,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
             unit_aware=self.unit_aware or None,
             check_states=None if self.check_states else False,
             debug_nan=self.debug_nan or None,
-            cotangent=self.cotangent,
+            cotangent=_Static.unwrap(self.cotangent),
             order=self.operator.power if self.operator.power > 1 else None,
         )
 
@@ -235,10 +267,11 @@ def pull_back(
     """`vector_grad` and `grad`: one product of cotangents and the Jacobian."""
     numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
     if of_scalar and (numbers[1:] or jnp.ndim(numbers[0]) or jnp.iscomplexobj(numbers[0])):
+        hint = " Pass `has_aux=True` if the others are auxiliary." if numbers[1:] else ""
         raise TypeError(
             f"`{flat_func.name}(func=...)` must return a real scalar. Got outputs of "
-            f"{name_shapes(numbers)}. Use `vector_grad` for the gradient of the sum of all "
-            "outputs, or `jacrev` for all derivatives."
+            f"{name_shapes(numbers)}.{hint} Use `vector_grad` for the gradient of the sum of "
+            "all outputs, or, if they are real, `jacrev` for all derivatives."
         )
     refuse_unreached(pull, func, flat_func)
     if flat_func.transform.cotangent is None and output.rest.units is None:
@@ -263,6 +296,12 @@ def pull_back_rows(
 ) -> Any:
     """`jacrev`: a product for each element of the outputs, all at once."""
     numbers, pull, output = jax.vjp(func, *diff, has_aux=True)
+    if any(map(jnp.iscomplexobj, numbers)):
+        raise TypeError(
+            f"`{flat_func.name}(func=...)` must return real outputs. Got outputs of "
+            f"{name_shapes(numbers)}. Return the pair `(y.real, y.imag)`, or for first "
+            "derivatives by real leaves use `jacfwd`."
+        )
     refuse_unreached(pull, func, flat_func)
 
     # JAX's Jacobian, of a function that has been differentiated already.
@@ -279,6 +318,7 @@ def push_forward_columns(
     func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
 ) -> Any:
     """`jacfwd`: a product for each element of the leaves, all at once."""
+    flat_func.refuse_complex()
     numbers, push, output = jax.linearize(func, *diff, has_aux=True)
     refuse_unreached(push, func, flat_func)
 
@@ -295,6 +335,7 @@ def push_forward_rows(
     func: Callable[..., Any], diff: Sequence[Any], flat_func: FlatFunction
 ) -> Any:
     """`hessian`: forward over reverse."""
+    flat_func.refuse_complex()
 
     def differentiate(*diff: jax.Array) -> Any:
         numbers, output, rows = pull_back_rows(func, diff, flat_func)
@@ -332,9 +373,6 @@ def _wrap(func: Callable[..., Any], *, operator: Operator, **options: Any) -> An
             f"`{name}(func=...)` must be a callable. Got {show(func)}. To set options first, "
             f"use `@{name}(grad_states=...)`."
         )
-    wrapped = func
-    is_partial = isinstance(func, ft.partial)
-    if jtu.all_leaves([func]) and hasattr(func, "__wrapped__") and not is_partial:
-        # Of a leaf such as `jax.vmap(model)`, Equinox warns that its arrays are not trained.
-        wrapped = jtu.Partial(func)
-    return eqx.module_update_wrapper(GradientTransform(wrapped, operator=operator, **options))
+    options["cotangent"] = _Static.wrap(options["cotangent"])
+    transform = GradientTransform(_Static.wrap(func), operator=operator, **options)
+    return eqx.module_update_wrapper(transform)

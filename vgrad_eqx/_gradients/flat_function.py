@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._references.values import StateValues
@@ -84,6 +85,19 @@ class FlatFunction:
             refuse_foreign(value, f"{self.name}(unit_aware=True)")
         return split_output(value, aux, self.name)
 
+    def refuse_complex(self) -> None:
+        """Raises if something complex is differentiated, for what needs real directions."""
+        for each in self._inputs:
+            for name, number in zip(each.labels, each.diff, strict=True):
+                if jnp.iscomplexobj(number):
+                    option = "grad_states" if each is self.states else "argnums"
+                    raise TypeError(
+                        f"`{self.name}({option}=...)` must name real leaves. Got "
+                        f"{jnp.result_type(number)} in `{name}`. Split it into two real "
+                        "leaves, which `func` joins by `jax.lax.complex(real, imag)`, or leave "
+                        "it out."
+                    )
+
     @property
     def names(self) -> list[str]:
         """What errors call each that is differentiated. Selected leaves come first."""
@@ -136,6 +150,8 @@ class _Argument:
             refuse_brainstate(flat.leaves, caller)
             number = "jnp.asarray(x, float)" if flat.units is None else "1.0 * x"
             way_out = f"Convert numbers by `{number}`."
+            if not any(map(eqx.is_array_like, flat.numbers)):
+                way_out = "Name another one, such as that after `self` by `argnums=1`."
             if find_states(flat.leaves):
                 way_out = "Pass the `value` of a state, or name the state in `grad_states`."
             raise TypeError(
@@ -175,6 +191,8 @@ class _SelectedLeaves:
             )
         self.tree = args[0] if self._owner is None else self._owner.tree
         flat = FlatTree(self.tree)
+        if self.in_args and jtu.treedef_is_leaf(flat.structure):
+            _refuse_hidden(func, flat.tree, caller)
         self._selections = []
         by_index = {}  # because several selections may share leaves
         for selector in grad_states.entries:
@@ -285,6 +303,29 @@ def _find_in_wrapper(func: Any) -> _Owner | None:
         )
 
     return _Owner(inner.tree, rebuild)
+
+
+def _find_hidden(func: Any) -> _Owner | None:
+    """The state tree in what `func` wraps, where `func` is no pytree that holds it."""
+    owner = _find_owner(func)
+    if owner is not None or func is None:
+        return owner
+    if isinstance(func, ft.partial):
+        return _find_hidden(func.func) or _find_hidden(next(iter(func.args), None))
+    return _find_hidden(getattr(func, "__wrapped__", None))
+
+
+def _refuse_hidden(func: Func, data: object, caller: str) -> None:
+    """Refuses an array in the place of the state tree, if `func` hides a module with arrays."""
+    owner = _find_hidden(func)
+    if owner is not None and FlatTree(owner.tree).differentiable:
+        raise TypeError(
+            f"`{caller}` would select from the first positional argument of `func`, "
+            f"{show(data)}, because `func` hides the `{type(owner.tree).__name__}` inside of a "
+            "function. Use `equinox.filter_vmap(model)` or `equinox.Partial(func, model)`, "
+            "which are pytrees, or pass the model as the first argument. To differentiate "
+            "the array, use `argnums`."
+        )
 
 
 @ft.partial(

@@ -67,7 +67,7 @@ def vector_grad(
     For `y = func(*args)` and a differentiated leaf `θ`, the vector gradient is a row of ones
     times the Jacobian: `g[j] = Σ_i ∂y[i] / ∂θ[j]`, the column sums of the Jacobian. It is the
     elementwise derivative only if each `y[i]` depends on `θ[i]` alone; the full
-    Jacobian is what `jax.jacrev` returns. For a scalar `y` it is the gradient.
+    Jacobian is what [`vgrad_eqx.jacrev`][] returns. For a scalar `y` it is the gradient.
 
     As a decorator, plain or with options, it turns a function or a method into its
     gradient.
@@ -90,7 +90,7 @@ def vector_grad(
         with it to none. Keyword arguments are never differentiated.
     - `return_value`: whether to return the output of `func` as well.
     - `has_aux`: whether `func` returns a pair `(value, aux)`, of which only `value` is
-        differentiated. `aux` may hold anything.
+        differentiated. `aux` may hold anything. `None` means `False`.
     - `unit_aware`: if `True`, a gradient carries the unit of `y` over that of `θ`. If `False`,
         it is the derivative of the numbers in `y` by the numbers in `θ`, as `jax.vjp` gives
         it: for a map from V to mV it is 1000. For arrays without units, it makes no
@@ -129,8 +129,9 @@ def vector_grad(
     A gradient has the shape and dtype of its leaf. If `unit_aware`, it has the unit of the
     output over that of the leaf, and is a plain array where these have one dimension. Outputs
     in several units of one dimension are then added up in the unit of the first. For a complex
-    leaf it follows JAX's convention: for a real output, descend along its conjugate. Without
-    `func`, it returns a decorator.
+    leaf it follows JAX's convention: for a real output, descend along its conjugate. For a real
+    leaf and a complex output, it is the gradient of the real part. Without `func`, it returns
+    a decorator.
 
     `func` is called once, as by `jax.vjp`. It may set states by reference; after an exception
     each has its old value. Where it sets one to a value that is differentiated, it is called
@@ -141,8 +142,9 @@ def vector_grad(
     - `TypeError`: on wrapping, for a `func` that is not callable, an `argnums` that is no int,
         or a `grad_states` that is no selector and no state; on calling, for an argument, a
         state or an output without anything to differentiate, without a positional argument,
-        if `has_aux` and `func` returns no pair, or if a `func` that uses states by reference
-        cannot be traced.
+        if the state tree would be an array because `func` hides a module, as
+        `jax.vmap(model)` does, if `has_aux` and `func` returns no pair, or if a `func` that
+        uses states by reference cannot be traced.
     - `ValueError`: on calling, for an `argnums` out of range, given twice, or naming the
         state tree; for a selector that chooses no inexact array; if two leaves have one path;
         for a selected leaf that no gradient can reach; or for a state that is not
@@ -283,7 +285,8 @@ def jacrev(
 
     **Raises:**
 
-    - `TypeError`: on calling, also for a complex output.
+    - `TypeError`: on calling, also for a complex output: return the pair of its real and its
+        imaginary part instead.
 
     **Example:**
 
@@ -319,11 +322,13 @@ def jacfwd(
 
     **Returns:**
 
-    The same as `jacrev`.
+    As `jacrev`, but for dtypes, as in JAX: a block has the dtype of its output, and is complex
+    for a complex one, where that of `jacrev` has the dtype of its leaf.
 
     **Raises:**
 
-    - `TypeError`: on calling, for a complex input instead of a complex output.
+    - `TypeError`: on calling, for a complex leaf that is differentiated, instead of a complex
+        output.
 
     **Example:**
 
@@ -361,12 +366,13 @@ def hessian(
     Instead of a gradient, there is a dict or a pytree of all second derivatives by that
     leaf and another: by states `{path: {path: array}}`, and by several arguments a tuple of
     tuples, with the axes of the output first. Derivatives by one of the states and one of the
-    arguments are left out. If `unit_aware`, the unit is that of the output over those of
-    both leaves.
+    arguments are left out. A block has the dtype of the first of both leaves, as in JAX. If
+    `unit_aware`, the unit is that of the output over those of both leaves.
 
     **Raises:**
 
-    - `TypeError`: on calling, also for a complex input or output.
+    - `TypeError`: on calling, also for a complex leaf that is differentiated, or a complex
+        output.
 
     **Example:**
 

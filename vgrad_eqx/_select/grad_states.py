@@ -20,16 +20,25 @@ GradStatesLike: TypeAlias = SelectorLike | State[Any] | jax.Ref
 
 
 class GradStates(eqx.Module):
-    """What gradients are wanted of, in any nesting, and so that it can be hashed."""
+    """What gradients are wanted of, in any nesting. To JAX, selectors are static."""
 
-    entries: tuple[Any, ...]
+    states: tuple[Any, ...]
+    selectors: tuple[Selector, ...] = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
-    by_reference: bool = eqx.field(static=True)
 
     @classmethod
     def of(cls, tree: PyTree, by_reference: bool) -> "GradStates":
         entries, structure = jtu.tree_flatten(tree, is_leaf=is_reference)
-        return cls(tuple(entries), structure, by_reference)
+        states, selectors = (entries, ()) if by_reference else ((), entries)
+        return cls(tuple(states), tuple(selectors), structure)
+
+    @property
+    def by_reference(self) -> bool:
+        return bool(self.states)
+
+    @property
+    def entries(self) -> tuple[Any, ...]:
+        return self.states or self.selectors
 
     def unflatten(self, entries: Sequence[Any]) -> Any:
         return jtu.tree_unflatten(self.structure, entries)

@@ -506,7 +506,7 @@ def _describe_chosen(flat: FlatTree, mask: Sequence[bool]) -> str:
 
 def _describe_choice(flat: FlatTree) -> str:
     names = [quote(flat.names[i]) for i in flat.differentiable]
-    empty = list(map(quote, names_without_leaves(flat.tree)))
+    empty = [quote(name) for name in names_without_leaves(flat.tree) if name]
     choice = f"Its inexact arrays are {shorten(names, 3)}." if names else "It has none."
     if not names and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in flat.numbers):
         return "It has shapes instead of arrays. Make the arrays before."

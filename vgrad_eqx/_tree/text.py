@@ -78,6 +78,11 @@ def near_misses(text: str, flat: FlatTree) -> str:
         return f"There is {show(flat.leaves[flat.names.index(text)])} at that path."
     if text in names_without_leaves(flat.tree):
         return "There is None, or an empty node, at that path."
+    if flat.names == [""]:
+        return (
+            f"It is {show(flat.leaves[0])}, one leaf of the path '', which `True` selects. To "
+            "select leaves of a model, pass the model in its place."
+        )
     below = [name for name in flat.names if name.startswith(f"{text}.")]
     if below:
         return f"It is a node with the leaves {shorten(list(map(quote, below)), 3)}."
