@@ -1,6 +1,7 @@
 """What `equinox.filter_jit` does, `vg.jit` does with any function."""
 
 import collections
+import dataclasses
 import functools as ft
 import gc
 import logging
@@ -430,3 +431,15 @@ def test_a_call_like_the_one_before_enters_no_python_of_jax():
             sys.setprofile(None)
         assert files
         assert not [file for file in files if "pjit" in file]
+
+
+def test_a_function_without_a_hash_is_refused():
+    @dataclasses.dataclass
+    class Scale:
+        factor: float
+
+        def __call__(self, x):
+            return self.factor * x
+
+    with pytest.raises(TypeError, match="must have a hash. Got .*Scale"):
+        vg.jit(Scale(2.0))

@@ -103,6 +103,12 @@ class _Static:
         return wrapped.func if type(wrapped) is _Static else wrapped
 
 
+def expose(func: Callable[..., Any]) -> Any:
+    """A pytree like `func`, of which the functions that gradient transforms wrap are leaves."""
+    is_static = lambda node: type(node) is _Static
+    return jtu.tree_map(_Static.unwrap, func, is_leaf=is_static)
+
+
 class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
     """A function turned into its gradient, as [`vgrad_eqx.vector_grad`][] returns it.
 

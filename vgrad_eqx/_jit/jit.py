@@ -26,7 +26,7 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._gradients.engine import GradientTransform
+from .._gradients.engine import expose, GradientTransform
 from .._references.trace import is_concrete_ref
 from .._tree.cache import Cache
 from .._tree.flat import is_any_traced, is_scalar, Rest, split_arrays
@@ -264,7 +264,8 @@ def _find_programs(func: Callable[..., Any], donate: Donate) -> _Programs:
     They serve all modules that differ from it in their arrays only. They hold the Python
     functions in it weakly, and live as long as the first of them.
     """
-    rest = split_arrays(func, _is_array).rest
+    rest = split_arrays(expose(func), _is_array).rest
+    _refuse_unhashable(rest)
     places = {i for i, x in enumerate(rest.constants) if isinstance(x, types.FunctionType)}
     held = [weakref.ref(x) if i in places else x for i, x in enumerate(rest.constants)]
     weak_rest = dataclasses.replace(rest, constants=held)

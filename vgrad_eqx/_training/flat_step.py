@@ -158,9 +158,9 @@ class FlatStep:
             Packing(_list_kinds(carry, optimizer), arrays) if options.packed else None
         )
         self._has_aux = options.has_aux or nn_state is not None
-        self._func = states
-        if states is None:
-            self._func = make_loss(options.func, options.has_aux, nn_state is not None)
+        self._func: Callable[..., Any] = states or make_loss(
+            options.func, options.has_aux, nn_state is not None
+        )
         self._transform = make_transform(
             Operator("train_step", pull_back, adds_up=True),
             lambda *args, **kwargs: self._func(*args, **kwargs),
