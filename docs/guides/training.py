@@ -41,7 +41,7 @@ def evaluate(model, nn_state, images, labels):
 images, labels = sklearn.datasets.load_digits(return_X_y=True)
 images, rng = np.float32(images / 16).reshape(-1, 1, 8, 8), np.random.default_rng(0)
 train, test = np.split(rng.permutation(len(images)), [1400])
-decayed = lambda params: {path: path.endswith("weight") for path in params}
+decayed = lambda params: {p: p.endswith("weight") and x.ndim > 1 for p, x in params.items()}
 adamw = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 20, 280), mask=decayed)
 model, nn_state = eqx.nn.make_with_state(make_model)(jr.key(0))
 opt = vg.Optimizer(optax.chain(optax.clip_by_global_norm(1.0), adamw), model)

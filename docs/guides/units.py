@@ -41,13 +41,13 @@ for _ in range(400):
     params, opt, value = make_step(params, opt, voltage, measured)
     losses.append(value)
 
-# The covariance of the estimates is the inverse of JᵀJ. The residuals are pure numbers, so
-# each block of their Jacobian is in the unit of one over its parameter.
-jacobian = vg.jacrev(residuals, "**", unit_aware=True)(params, voltage, measured)
-J = jnp.stack([block.mantissa for block in jacobian.values()], axis=1)
+# The covariance of the estimates is the inverse of JᵀJ. Without `unit_aware`, the Jacobian is
+# that of numbers by numbers, so each error is in the unit of its parameter.
+jacobian = vg.jacfwd(residuals, "**")(params, voltage, measured)
+J = jnp.stack(list(jacobian.values()), axis=1)
 errors = jnp.sqrt(jnp.diag(jnp.linalg.inv(J.T @ J)))
 for name, error in zip(jacobian, errors, strict=True):
-    number, unit = params[name].mantissa, params[name].unit
+    number, unit = u.split_mantissa_unit(params[name])
     print(f"{name:6}{number:9.3g} ± {error:7.2g} {unit!s:4} truth: {TRUTH[name]}")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
