@@ -5,6 +5,7 @@ import itertools
 import brainunit as u
 import jax
 import jax.numpy as jnp
+import jax.ref
 import optax
 import pytest
 import vgrad_eqx as vg

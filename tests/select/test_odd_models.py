@@ -141,8 +141,13 @@ def use_sgd(tree):
     return vg.Optimizer(optax.sgd(0.1), tree)
 
 
+def of_second(tree, x):
+    return jnp.sum(x)
+
+
 def take_step(*batch, **kwargs):
     step = vg.train_step(lambda w, *_, **__: jnp.sum(w**2), optax.sgd(0.1))
+    step(step.init(ONES), {"x": ONES})  # from now on, the type of an array is known
     return step(step.init(ONES), *batch, **kwargs)
 
 
@@ -165,7 +170,7 @@ CALLS = {
     "output": lambda tree: vg.vector_grad(lambda x: tree)(ONES),
     "output under jit": lambda tree: vg.jit(lambda: tree)(),
     "auxiliary data": lambda tree: vg.grad(lambda x: (x[0], tree), has_aux=True)(ONES),
-    "beside units": lambda tree: vg.grad(jnp.sum, argnums=1, unit_aware=True)(tree, ONES),
+    "beside units": lambda tree: vg.grad(of_second, argnums=1, unit_aware=True)(tree, ONES),
     "StateOptimizer": lambda tree: vg.StateOptimizer(optax.sgd(0.1), tree),
 }
 

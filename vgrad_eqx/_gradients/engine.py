@@ -105,6 +105,7 @@ class _Static:
 
 def expose(func: Callable[..., Any]) -> Any:
     """A pytree like `func`, of which the functions that gradient transforms wrap are leaves."""
+    refuse_endless(func)
     is_static = lambda node: type(node) is _Static
     return jtu.tree_map(_Static.unwrap, func, is_leaf=is_static)
 

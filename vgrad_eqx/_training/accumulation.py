@@ -80,7 +80,7 @@ def check_leading_axis(inputs: Sequence[Any], length: int, option: str) -> None:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != length:
             raise ValueError(
                 f"`train_step({option}={length})` takes a batch in which the first axis of "
-                f"each array has the length {length}, and a number is an array. Got "
-                f"{show(leaf)}. Reshape it, stack the batches by `jnp.stack`, or close over "
-                "what stays the same."
+                f"each array has the length {length}. Got {show(leaf)}. Reshape it, stack the "
+                "batches by `jnp.stack`, or close over what stays the same. A Python number "
+                "counts as an array."
             )

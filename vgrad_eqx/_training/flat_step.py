@@ -1,5 +1,6 @@
 """What a training step does with flat arrays, worked out once for a structure."""
 
+import contextlib
 import dataclasses
 import functools as ft
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -183,8 +184,9 @@ class FlatStep:
         All that is no array or number is constant; and so is a number in a module, which may
         decide by it.
         """
-        if not kwargs and all(map(_is_plain, batch)):
-            return self.program, batch
+        with contextlib.suppress(RecursionError):  # of what is refused below
+            if not kwargs and all(map(_is_plain, batch)):
+                return self.program, batch
         for each in (*batch, *kwargs.values()):
             refuse_endless(each)
         inputs = batch, kwargs
