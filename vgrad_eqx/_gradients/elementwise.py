@@ -73,44 +73,45 @@ def elementwise_grad(
     order=1,
     check=True,
 ):
-    """As [`vgrad_eqx.vector_grad`][], but it is the elementwise derivative, or an error.
+    """As [`vgrad_eqx.vector_grad`][], but for the elementwise derivative.
 
     For `y = func(x)` in which each `y[i]` depends on `x[i]` alone, it is
-    `g[i] = ∂ⁿy[i] / ∂x[i]ⁿ` for the `order` `n`. Each output must have the shape of each
-    differentiated leaf. It costs one product with the Jacobian, whatever the size of `x`: by
-    reverse mode for the first order, for all leaves at once, and by forward mode in
-    forward mode for a higher one, for each leaf.
+    `g[i] = ∂ⁿy[i] / ∂x[i]ⁿ`, where `n` is the `order`; for any other function, it raises an
+    error. Each output must have the shape of each differentiated leaf. It costs one product
+    with the Jacobian, whatever the size of `x`: in reverse mode for the first order, for all
+    leaves at once, and in nested forward mode for higher orders, for each leaf.
 
     **Arguments:**
 
-    - `order`: which derivative is taken, 1 or more. There are no mixed ones.
-    - `check`: whether to raise where an output depends on another element. It takes the
-        product with two vectors more (three or four for thousands of elements), whose
-        elements are signed powers of two: in an elementwise function they scale the
-        derivatives exactly. It cannot see what is too small for the dtype: a derivative by
-        another element below 8 eps of that by the own one, which is 1e-6 in float32, 0.8 %
-        in float16 and 6 % in bfloat16. It looks at the derivatives at `x`, so a function
-        that is elementwise there passes, such as a sort of sorted numbers, and so does what
-        is not finite. Inside of a compiled function the products are taken in a loop of
-        their own, so it takes one more, which is not differentiated.
+    - `order`: the order of the derivative, 1 or more. There are no mixed derivatives.
+    - `check`: whether to raise an error if an element of an output depends on another element
+        of the leaf. The check multiplies the Jacobian by two more vectors (three or four for
+        thousands of elements) whose elements are signed powers of two, which scale the
+        derivatives of an elementwise function exactly. It cannot detect an off-diagonal
+        derivative smaller than 8 eps times the diagonal one, which is 1e-6 in float32, 0.8 %
+        in float16 and 6 % in bfloat16. It only looks at the derivatives at `x`, so it accepts
+        a function that is elementwise there, such as a sort of sorted values, and it ignores
+        derivatives that are not finite. In a compiled function, these products are computed
+        in a separate loop, which takes one product more and is not differentiated.
 
     **Returns:**
 
-    A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
-    A derivative has the shape and dtype of its leaf. For an output that is a pytree, the result
-    has its structure, with `None` at each leaf that is not inexact, and the derivatives
-    of that output in the place of the others. If `unit_aware`, it has the unit of
-    that output over that of the leaf to the power of `order`.
+    A [`vgrad_eqx.GradientTransform`][], which returns `grads`, and the value and auxiliary
+    data as in `vector_grad`. A derivative has the shape and dtype of its leaf. If the output
+    is a pytree, the result has its structure, with `None` at each leaf that is not inexact,
+    and the derivatives of that output at each other leaf. If `unit_aware`, a derivative has
+    the unit of its output divided by that of its leaf to the power of `order`.
 
     **Raises:**
 
-    - `TypeError`, `ValueError`: on wrapping, for an `order` that is no int, or below 1; for a
-        `check` that is no bool.
-    - `ValueError`: on calling, for an `order` above 4 for which the program would have more
-        than 50 000 operations. Each order makes it two or three times as long.
-    - `ValueError`: on calling, if an output has another shape than a leaf; with `check`, if
-        an element of an output depends on another element. It names the argument and the
-        first index. From compiled code, the error of `equinox.error_if` names the argument.
+    - `TypeError`, `ValueError`: on wrapping, if `order` is not an int or is below 1, or if
+        `check` is not a bool.
+    - `ValueError`: on calling, if for an `order` above 4 the program would have more than
+        50 000 operations. Each order makes it two or three times longer.
+    - `ValueError`: on calling, if the shape of an output differs from that of a leaf; with
+        `check`, if an element of an output depends on another element. The error names the
+        argument and the first index. In compiled code, `equinox.error_if` raises an error
+        that names the argument.
 
     **Example:**
 
@@ -127,7 +128,7 @@ def elementwise_grad(
 depends on other elements of `args[0]`, first at index (0,). Use `vector_grad` for the \
 gradient of the sum, `jacrev` for all derivatives, or `check=False`.
 
-    **Source:** the exactness of powers of two is that of IEEE 754.
+    **Source:** IEEE 754, for the exactness of multiplication by powers of two.
     """
     options = locals()
     del options["order"], options["check"]

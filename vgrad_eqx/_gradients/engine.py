@@ -78,16 +78,17 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
     """A function turned into its gradient, as [`vgrad_eqx.vector_grad`][] returns it.
 
     It is a pytree with the leaves of `func`, so it passes through `jax.jit`,
-    `equinox.filter_jit` and `jax.vmap`, also as an argument. In the body of a class it binds
-    like a method. Make one by `vector_grad`, which checks the options.
+    `equinox.filter_jit` and `jax.vmap`, also as an argument. In a class body, it binds like a
+    method. Create it with `vector_grad` or one of its siblings, which check the options.
 
     **Arguments:**
 
-    - `args`, `kwargs`: those of `func`.
+    - `args`, `kwargs`: the arguments of `func`.
 
     **Returns:**
 
-    The gradients, and more if asked for, as [`vgrad_eqx.vector_grad`][] lists them.
+    The gradients, and the value and auxiliary data if requested, as listed in
+    [`vgrad_eqx.vector_grad`][].
 
     **Example:**
 
