@@ -340,7 +340,7 @@ def list_training() -> Rows:
         rows[f"{name} of a group"] = (
             lambda x, opt=opt: opt.set_hyperparams(x, learning_rate=1.0),
             pick("int", "float", "array", "model", "long", "list", "bytes", "odd"),
-            "`set_hyperparams(...)` must be of one group",
+            "`set_hyperparams(...)` must name one group",
         )
     rows["train_step.func"] = (
         lambda x: vg.train_step(x, SGD),

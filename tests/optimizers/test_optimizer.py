@@ -358,7 +358,7 @@ def test_gradients_of_equinox_are_named_by_states():
 def test_the_state_of_another_selection_is_refused():
     opt, other = [vg.Optimizer(optax.adam(0.1), MODEL, name) for name in ("a", "b")]
     wrong = eqx.tree_at(lambda opt: opt.opt_state, opt, other.opt_state)
-    with pytest.raises(ValueError, match="must be of the selection.*of `a`. Got (.|\n)*resel"):
+    with pytest.raises(ValueError, match="must be for the selection.*of `a`. Got (.|\n)*resel"):
         wrong.step(MODEL, {"a": jnp.ones(2)})
 
 

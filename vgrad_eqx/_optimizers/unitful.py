@@ -1,4 +1,4 @@
-"""Any optax transformation for parameters with units."""
+"""Optax transformations for parameters with units."""
 
 import contextlib
 import contextvars
@@ -31,13 +31,13 @@ from .partition import map_extra_args, take_extra_args
 
 
 class _Units(eqx.Module):
-    """The units in which parameters are written, which belong to the structure."""
+    """The units of the parameters, which are part of the tree structure."""
 
     by_path: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
 
 class UnitfulState(NamedTuple):
-    """The state of [`vgrad_eqx.unitful`][]: that of the optimizer inside, and units."""
+    """The state of [`vgrad_eqx.unitful`][]: the inner state, and the units."""
 
     inner_state: Any
     units: _Units
@@ -50,40 +50,40 @@ def unitful(
 ) -> optax.GradientTransformationExtraArgs:
     """Lets any optax transformation optimize parameters with units.
 
-    With a scale `S` for each parameter `p` and the unit `L` of the loss, optax sees `x = p/S`
-    and the gradient `g·S/L`, and its update `dx` becomes `S·dx`, in the unit of `p`. All
-    of these are pure numbers, so every hyperparameter is one, and a fit does not depend
-    on the units that parameters are written in.
+    For a parameter `p` with scale `S` and a loss with unit `L`, optax sees `x = p/S` and the
+    gradient `g·S/L`, and its update `dx` becomes `S·dx`, in the unit of `p`. All of `x`,
+    `g·S/L` and `dx` are dimensionless, and so is every hyperparameter, and a fit does not
+    depend on the units of the parameters.
 
     **Arguments:**
 
     - `tx`: the transformation.
     - `loss_unit`: the unit of the loss, such as `brainunit.mvolt**2`. Defaults to none.
-    - `scale`: a dict `{path: scale}`, of what is a typical size of the parameters at that
-        path, which may be a glob: a Quantity of their dimension, or a number for those without
-        a unit. Where several match, that of the very path of the parameter counts. It may
-        name more of the model than is optimized. Defaults to one of the unit in which the
-        parameter is written, and then the fit does depend on that unit.
+    - `scale`: a dict `{path: scale}`. The path may be a glob, and the scale is a typical size
+        of the parameters at that path: a Quantity with their dimension, or a number for
+        parameters without a unit. If several paths match a parameter, its exact path takes
+        precedence. The dict may name leaves of the model that are not optimized. The default
+        scale is one in the unit of the parameter, and then the fit does depend on that unit.
 
     **Returns:**
 
     An `optax.GradientTransformationExtraArgs`. Its `update` takes gradients with units, as
-    `vector_grad(..., unit_aware=True)` gives them, and returns updates in the unit of each
+    returned by `vector_grad(..., unit_aware=True)`, and returns updates in the unit of each
     parameter, for [`vgrad_eqx.apply_updates`][]. It converts the extra arguments `value`,
-    `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes others
-    on. All units are checked while it is traced, which leaves nothing in the compiled program.
+    `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes on all
+    others. Units are checked during tracing, at no cost in the compiled program.
 
     **Raises:**
 
-    - `TypeError`: if `tx` is no optax transformation, `loss_unit` no unit, or `scale` no dict
-        of numbers and Quantities.
-    - `ValueError`: for a scale that is not positive, or a malformed glob; on `init`, for a path
-        that matches nothing in the whole model, for two that match one parameter, or for a
-        scale that is neither a number nor of the shape of its parameter; on `update`, for a
-        gradient or a parameter at a path that was not there on `init`.
-    - `brainunit.UnitMismatchError`: on `init`, for a scale of another dimension than its
-        parameter; on `update`, for a gradient that is not in the unit of the loss over that
-        of the parameter, or a parameter whose unit is another one than on `init`.
+    - `TypeError`: if `tx` is not an optax transformation, `loss_unit` is not a unit, or `scale`
+        is not a dict of numbers and Quantities.
+    - `ValueError`: if a scale is not positive, or a glob is malformed; on `init`, if a path
+        matches nothing in the whole model, if two match the same parameter, or if a scale is
+        neither a scalar nor has the shape of its parameter; on `update`, if a gradient or a
+        parameter has a path that was not there on `init`.
+    - `brainunit.UnitMismatchError`: on `init`, if a scale and its parameter have different
+        dimensions; on `update`, if a gradient is not in the unit of the loss divided by that
+        of the parameter, or a parameter has another unit than on `init`.
 
     **Example:**
 
@@ -132,13 +132,13 @@ def unitful(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# The tree of which an optimizer passes only some leaves to `init`.
+# The whole tree, when an optimizer passes only some of its leaves to `init`.
 _whole: contextvars.ContextVar[FlatTree | None] = contextvars.ContextVar("whole", default=None)
 
 
 @contextlib.contextmanager
 def naming_leaves_of(flat: FlatTree) -> Iterator[None]:
-    """Within it, a scale may be that of any leaf of this tree."""
+    """In this context, a scale may name any leaf of this tree."""
     token = _whole.set(flat)
     try:
         yield
@@ -174,7 +174,7 @@ def _parse_scale(scale: object) -> dict[str, Any]:
 
 
 class _Scaling:
-    """The way from quantities to pure numbers and back. Units are given by path."""
+    """Converts quantities to dimensionless arrays and back. Units are given by path."""
 
     def __init__(self, loss_unit: Unit, scale: dict[str, Any]):
         self._loss_unit = loss_unit
@@ -212,7 +212,7 @@ class _Scaling:
         if len(found) > 1:
             raise ValueError(
                 f"`unitful(scale=...)` must give one scale to {quote(name)}. Got two, at "
-                f"{quote(found[0])} and {quote(found[1])}. Name the path itself."
+                f"{quote(found[0])} and {quote(found[1])}. Use the exact path as a key."
             )
         return found[0] if found else None
 
@@ -222,7 +222,7 @@ class _Scaling:
             if unit != _find_unit(name, units):
                 raise_mismatch(
                     f"`unitful(...)` needs the parameter at `{name}` in the unit that it had "
-                    "on `init`. Make another state by `init`",
+                    "on `init`. Make a new state with `init`",
                     units[name],
                     unit,
                 )
@@ -249,7 +249,7 @@ class _Scaling:
         return _map(grow, tree)
 
     def shrink_extra_args(self, extra_args: dict[str, Any], units: dict[str, Any]) -> Any:
-        """Values, gradients and functions of the parameters in pure numbers."""
+        """Values, gradients and functions of the parameters, without units."""
         grow, shrink_grads = [
             ft.partial(f, units=units) for f in (self.grow, self.shrink_grads)
         ]
@@ -280,8 +280,8 @@ def _map(func: Callable[[str, Any], Any], tree: PyTree) -> Any:
 def _find_unit(name: str, units: dict[str, Any]) -> Any:
     if name not in units:
         raise ValueError(
-            "`unitful(...)` needs gradients and parameters of the structure that the "
-            f"parameters had on `init`. Got one at {quote(name)}, beside "
+            "`unitful(...)` needs gradients and parameters with the structure that the "
+            f"parameters had on `init`. Got one at {quote(name)}, which is not among "
             f"{shorten(list(map(quote, units)))}."
         )
     return units[name]
@@ -296,14 +296,14 @@ def _explain(name: str, unit: Unit, param_unit: Unit) -> str:
         return f"{text}one without a unit. Differentiate with `unit_aware=True`"
     if find_factor(unit, param_unit) is not None:
         return (
-            f"{text}one in the unit of the parameter, as `jax.grad` makes it. Differentiate by "
+            f"{text}one in the unit of the parameter, as from `jax.grad`. Differentiate with "
             "`vg.vector_grad(..., unit_aware=True)`"
         )
     return f"{text}another one. Check `loss_unit`"
 
 
 def _multiply(number: ArrayLike, factor: Any) -> Any:
-    """The product, in the dtype of the number. Nothing is done for a factor of one."""
+    """The product, in the dtype of the number. For a factor of one, the number itself."""
     return _apply(operator.mul, number, factor)
 
 

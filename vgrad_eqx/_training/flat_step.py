@@ -296,7 +296,7 @@ class FlatStep:
             optimizer,
             following,
             "train_step",
-            "Take that step with a `vg.Optimizer`, and pass it to `init(model, optimizer=opt)`.",
+            "Take that step with a `vg.Optimizer`, then call `init(model, optimizer=opt)`.",
         )
         params = list(optimizer.params(model).values())
         nn_state = result.nn_state
