@@ -457,7 +457,7 @@ def list_checkpoints() -> Rows:
     rows["save of a shape"] = (
         lambda x: vg.save(os.path.join(folder, "never"), {"w": x}),
         {"shape": jax.ShapeDtypeStruct((2,), "float32")},
-        "Such a tree is for `load(like=...)`",
+        "Pass such a tree to `load(like=...)`",
     )
     others = {"longer": {"a": jnp.ones(3)}, "dtype": {"a": jnp.ones(2, int)}, "unit": {"a": Q}}
     rows["load.like"] = (

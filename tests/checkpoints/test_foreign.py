@@ -291,7 +291,7 @@ def test_errors_name_the_next_thing_to_do(tmp_path):
     assert vg.load(path, vg.states(model)).keys() == vg.states(model).keys()
     safetensors.numpy.save_file({"weight": np.ones((2, 2), "float32")}, path)
     shapes = eqx.filter_eval_shape(lambda: linear)
-    with pytest.warns(UserWarning, match="a shape without numbers at `bias`"):
+    with pytest.warns(UserWarning, match="shapes without values at `bias`"):
         vg.load(path, shapes, rename={}, strict=False)
     with pytest.raises(ValueError, match="shapes instead of arrays"):
         vg.states(shapes)

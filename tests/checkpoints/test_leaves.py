@@ -292,7 +292,7 @@ def test_an_array_that_is_no_plain_one_is_refused(path, leaf, match):
 
 
 def test_shapes_are_not_saved(path):
-    with pytest.raises(TypeError, match=r"a shape without numbers, ShapeDtypeStruct.*at `w`"):
+    with pytest.raises(TypeError, match=r"a shape without values, ShapeDtypeStruct.*at `w`"):
         vg.save(path, {"w": jax.ShapeDtypeStruct((2,), "float32")})
 
 
@@ -384,7 +384,7 @@ def test_numbers_beside_the_arrays_of_a_state_are_compared(path):
     loaded = vg.load(path, [make(0.0, steps=3)])[0]
     assert jnp.array_equal(loaded.value["x"], X)
     like = [make(0.0, steps=4)]
-    match = "There is 4 at `0.steps`, and 3 in the file.* is fixed, so make the state with 3"
+    match = "There is 4 at `0.steps`, and 3 in the file.* fixed, so create the state with 3"
     with pytest.raises(ValueError, match=match):
         vg.load(path, like)
     assert jnp.array_equal(like[0].value["x"], 0 * X)
