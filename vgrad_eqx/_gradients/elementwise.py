@@ -151,7 +151,7 @@ _LONGEST = 50_000
 
 @dataclasses.dataclass(frozen=True)
 class _Elementwise:
-    """The rule: products of the Jacobian with ones and, to check, with weights."""
+    """The rule: products of the Jacobian with ones and, for the check, with weights."""
 
     order: int
     check: bool
@@ -192,7 +192,7 @@ class _Elementwise:
 
             def push_one(vector: Array, i: int = i, leaf: object = leaf) -> list[Any]:
                 along = lambda leaf: func(*replace_at(diff, [i], [leaf]))[0]
-                # Of a linear function that mixes elements, only the first one shows it.
+                # If a linear function mixes elements, only the first derivative shows it.
                 return [_push(along, vector, order)(leaf) for order in (1, self.order)]
 
             names = [flat_func.names[i]] * len(numbers)
@@ -233,10 +233,10 @@ class _Elementwise:
         ]
 
     def _make_weights(self, shape: tuple[int, ...], arrays: Sequence[Any]) -> list[Any]:
-        """Signed powers of two, by which no two elements have the same ones.
+        """Vectors of signed powers of two, such that no two elements have the same weights.
 
-        They are the digits of the numbers of the elements, at least two, so that what is mixed
-        of several elements shows as well.
+        They encode the digits of the index of each element. There are at least two vectors, so
+        that mixtures of several elements are detected as well.
         """
         most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
         exponents = 1 + min(30, most // 2 - 1) // self.order
@@ -251,14 +251,14 @@ class _Elementwise:
 
 
 def _push(func: Callable[..., Any], vector: Array, order: int) -> Callable[..., Any]:
-    """The derivative of an order along a vector."""
+    """The derivative of this order along a vector."""
     if order == 0:
         return func
     return lambda leaf: jax.jvp(_push(func, vector, order - 1), (leaf,), (vector,))[1]
 
 
 def _refuse_long(order: int, func: Callable[..., Any], diff: Sequence[Any]) -> None:
-    """Refuses an order whose program is too long, which grows by a factor with each order."""
+    """Raises an error if the program, which grows by a factor with each order, is too long."""
 
     def count(order: int) -> int:
         pushed = _push(lambda leaf: func(leaf, *diff[1:])[0], jnp.ones_like(diff[0]), order)
@@ -295,9 +295,9 @@ def _find_faults(
     weights: Sequence[Array],
     order: int,
 ) -> list[Array]:
-    """Where products are not those of a diagonal matrix, for each leaf.
+    """Where the products are not those of a diagonal matrix, for each leaf.
 
-    Of a derivative of the first order and, if `order` is higher, of the last one.
+    Checks the first derivative and, if `order` is higher, also that of `order`.
     """
     found = []
     for power, *products in zip(sorted({1, order}), first, *others, strict=True):
@@ -309,9 +309,9 @@ def _find_faults(
 def _find_mixed(products: Sequence[Array], weights: Sequence[Array]) -> Array:
     """Where products are not those of a diagonal matrix.
 
-    Scaling by a power of two commutes with rounding, but for numbers that underflow: of 60
-    networks of orders 1 to 4, compiled, differentiated or neither, those in float32 and
-    bfloat16 had no difference at all, and those in float16 up to 0.06 of what is allowed.
+    Scaling by a power of two commutes with rounding, except on underflow: in 60 networks of
+    orders 1 to 4, compiled, differentiated or neither, there was no difference at all in
+    float32 and bfloat16, and up to 0.06 of the tolerance in float16.
     """
     info = [jnp.finfo(array.dtype) for array in (products[0], weights[0])]
     eps, tiny = max(each.eps for each in info), max(each.tiny for each in info)
@@ -341,10 +341,10 @@ def _refuse(result: Array, mixed: Array, name: str) -> Array:
     return result
 
 
-# To put it on a device compiles nothing.
+# A NumPy array, because putting it on a device compiles nothing.
 _PROBE = np.zeros(())
 
 
 def _is_tracing() -> bool:
-    """Whether JAX traces a program now. It does not where it only differentiates or maps."""
+    """Whether JAX is tracing a program, rather than only differentiating or mapping."""
     return isinstance(jax.device_put(_PROBE), jax.core.Tracer)
