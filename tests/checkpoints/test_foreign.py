@@ -165,7 +165,7 @@ CASTS = {
 def test_numbers_that_are_too_large_are_not_converted(tmp_path, file, dtype, value):
     safetensors.numpy.save_file({"a": np.array([1, value], file)}, tmp_path / "c")
     like = {"a": np.zeros(2, jnp.dtype(dtype))}
-    with pytest.raises(ValueError, match="The array of `a` has numbers that are too large fo"):
+    with pytest.raises(ValueError, match="The array of `a` has values that are too large fo"):
         vg.load(tmp_path / "c", like, rename={}, cast=True)
     safetensors.numpy.save_file({"a": np.array([1, 0], file)}, tmp_path / "c")
     loaded = vg.load(tmp_path / "c", like, rename={}, cast=True)["a"]

@@ -261,7 +261,7 @@ OBJECTS = {
 
 @pytest.mark.parametrize("leaf", OBJECTS.values(), ids=OBJECTS)
 def test_an_object_that_holds_arrays_is_refused(path, leaf):
-    match = "at `stats.0`, a `.*`, which holds arrays and is no pytree. Register its class"
+    match = "at `stats.0`, a `.*`, which holds arrays but is not a pytree. Register its class"
     with pytest.raises(TypeError, match=r"`save\(tree=...\)`.*" + match):
         vg.save(path, {"w": X, "stats": [leaf]})
     assert not path.exists()
