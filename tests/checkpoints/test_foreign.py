@@ -219,8 +219,8 @@ def test_several_files_are_read_by_their_index(index):
 
 
 INDEXES = {
-    "text": ("{", "is no index of files"),
-    "list": ("[]", "is no index of files"),
+    "text": ("{", "is not an index of files"),
+    "list": ("[]", "is not an index of files"),
     "no names": ('{"weight_map": {"a": 3}}', "has no `weight_map`"),
     "elsewhere": ('{"weight_map": {"a": "../x"}}', "has no `weight_map`"),
     "absolute": ('{"weight_map": {"a": "/etc/passwd"}}', "has no `weight_map`"),

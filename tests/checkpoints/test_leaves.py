@@ -273,10 +273,10 @@ def test_an_object_that_holds_arrays_is_refused(path, leaf):
 ARRAYS = {
     "strings": (
         np.array(["cat", "dog"]),
-        "an array of <U3, which are no numbers. Keep it as a",
+        "an array of <U3, which are not numbers. Keep it as a",
     ),
-    "bytes": (np.array([b"cat"]), "an array of .S3, which are no numbers"),
-    "objects": (np.array([1, "a"], object), "an array of object, which are no numbers"),
+    "bytes": (np.array([b"cat"]), "an array of .S3, which are not numbers"),
+    "objects": (np.array([1, "a"], object), "an array of object, which are not numbers"),
     "structured": (np.zeros(2, "i4,f4"), "a structured array. Put its fields into a dict"),
     "void": (np.zeros(2, "i4,f4")[0], "a structured array"),
     "masked": (np.ma.masked_array([1.0], [True]), "a masked array. Put its `data` and its"),

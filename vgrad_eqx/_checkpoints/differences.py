@@ -98,8 +98,8 @@ def _rename(name: str, rename: Rename) -> str:
     if not isinstance(file_name, str):
         raise TypeError(
             "`load(rename=...)` must give the name of an array in the file. Got "
-            f"{show(file_name)} for {quote(name)}. Give a name that is not there, with "
-            "`strict=False`, for what is to stay as it is."
+            f"{show(file_name)} for {quote(name)}. To keep the value in `like`, give a name "
+            "that is not in the file, and pass `strict=False`."
         )
     return file_name
 

@@ -236,8 +236,8 @@ def _find_obstacle_of_numpy(array: np.ndarray | np.generic) -> str | None:
         return "a structured array. Put its fields into a dict"
     if not _has_numbers(array.dtype):
         return (
-            f"an array of {array.dtype}, which are no numbers. Keep it as a list, which is "
-            "left out, or write it to a file of its own"
+            f"an array of {array.dtype}, which are not numbers. Keep it as a list, which is "
+            "not saved, or write it to a separate file"
         )
     return None
 
@@ -246,7 +246,7 @@ def _has_numbers(dtype: Any) -> bool:
     return dtype.kind in "bmM" or jnp.issubdtype(dtype, np.number)
 
 
-# They are left out, whatever they close over.
+# These are not saved, whatever they close over.
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 _HARMLESS = (str, bytes, type, np.dtype, *_FUNCTIONS)
 _MOST_OBJECTS = 10_000  # takes 10 ms, for an object that refers to half of the program

@@ -177,7 +177,7 @@ def _read_index(path: str) -> dict[str, str]:
         with open(path, encoding="utf-8") as file:
             index = parse_dict(file.read())
     except ValueError as error:
-        raise make_error(path, "It ends with `.json`, and is no index of files") from error
+        raise make_error(path, "It ends with `.json`, but is not an index of files") from error
     match index:
         case {"weight_map": dict(files)} if all(map(_is_file_name, files.values())):
             return files

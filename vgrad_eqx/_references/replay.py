@@ -9,7 +9,7 @@ import jax.extend as jex
 import jax.tree_util as jtu
 
 # Nothing public reads and writes a part of a value as an indexed reference does. JAX 0.10.2
-# cannot differentiate all that it does with a reference of its own, so drop this with 0.10.
+# cannot differentiate everything that it does with its own references, so drop this with 0.10.
 from jax._src.state.discharge import discharge_state  # noqa: TID251
 from jax.extend.core import DebugInfo, DropVar, Jaxpr, JaxprEqn, jaxprs_in_params, Literal
 from jax.extend.core.primitives import get_p, jit_p, scan_p, swap_p

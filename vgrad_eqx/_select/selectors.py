@@ -143,7 +143,7 @@ class At(Selector):
             if id(leaf) not in known:
                 raise TypeError(
                     "`at(where)` must return a node of the tree, or a tuple of nodes, as "
-                    f"in `equinox.tree_at`. Got {show(leaf)}, which is no leaf of the "
+                    f"in `equinox.tree_at`. Got {show(leaf)}, which is not a leaf of the "
                     f"`{type(flat.tree).__name__}`."
                 )
         chosen = set(map(id, found))

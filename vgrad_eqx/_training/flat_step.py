@@ -530,7 +530,7 @@ class Program:
 # Types of batch leaves that are traced. Those of JAX arrays are added when first seen.
 PLAIN: set[type] = {int, float, complex, np.ndarray}
 
-# The types of JAX arrays that are no tracers, which can be donated. No public name is theirs.
+# The types of JAX arrays that are not tracers, which can be donated. They have no public name.
 CONCRETE: set[type] = set()
 
 
