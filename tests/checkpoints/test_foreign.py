@@ -114,7 +114,7 @@ def test_a_checkpoint_may_be_renamed_too(tmp_path):
 
 
 def test_the_error_shows_the_call(path):
-    with pytest.raises(ValueError, match="must be a checkpoint that `vg.save`") as caught:
+    with pytest.raises(ValueError, match="must be a checkpoint written by `vg.save`") as caught:
         vg.load(path, Net())
     assert "another program, with `fc1.bias`, `fc1.weight`, `fc2.bias`" in str(caught.value)
     call = "vg.load(path, like, rename={'layers.0.weight': 'fc1.weight'})"
