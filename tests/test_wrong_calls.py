@@ -340,7 +340,7 @@ def list_training() -> Rows:
         rows[f"{name} of a group"] = (
             lambda x, opt=opt: opt.set_hyperparams(x, learning_rate=1.0),
             pick("int", "float", "array", "model", "long", "list", "bytes", "odd"),
-            "`set_hyperparams(...)` must be of one group",
+            "`set_hyperparams(...)` must name one group",
         )
     rows["train_step.func"] = (
         lambda x: vg.train_step(x, SGD),
@@ -457,7 +457,7 @@ def list_checkpoints() -> Rows:
     rows["save of a shape"] = (
         lambda x: vg.save(os.path.join(folder, "never"), {"w": x}),
         {"shape": jax.ShapeDtypeStruct((2,), "float32")},
-        "Such a tree is for `load(like=...)`",
+        "Pass such a tree to `load(like=...)`",
     )
     others = {"longer": {"a": jnp.ones(3)}, "dtype": {"a": jnp.ones(2, int)}, "unit": {"a": Q}}
     rows["load.like"] = (

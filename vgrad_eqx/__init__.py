@@ -8,14 +8,14 @@ Gradients:
     jacrev, jacfwd     the Jacobian, by reverse and by forward mode
     hessian            the second derivatives
     GradientTransform  what these return: a function turned into its gradient
-    jit                compiles any function, with little cost for each call
+    jit                compiles any function, with little overhead per call
 
-Choosing leaves, by a path such as "layers.*.weight", or by these:
+Choosing leaves, by a path such as "layers.*.weight", or with these:
 
     path               by one of several paths
     instance           under the nodes of a type
-    at                 by a function that looks nodes up
-    leaf               by a test of the leaf
+    at                 by a function that returns nodes
+    leaf               by a predicate on the leaf
     summary            a table of what is chosen and what is frozen
     states             the chosen leaves as a flat dict
     replace_states     a copy with other values at some leaves

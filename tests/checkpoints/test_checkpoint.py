@@ -75,7 +75,7 @@ def test_any_tree_comes_back_or_is_refused(tmp_path_factory, tree):
         for each, _ in jax.tree_util.tree_leaves_with_path(tree)
     ]
     if len(set(paths)) < len(paths):
-        with pytest.raises(ValueError, match="two leaves of the dotted path"):
+        with pytest.raises(ValueError, match="two leaves with the dotted path"):
             vg.save(path, tree)
         assert not path.exists()
     else:
@@ -304,7 +304,7 @@ def test_what_cannot_be_saved(path):
         ValueError, match="must hold an array or a number. Got a `dict` without"
     ):
         vg.save(path, {"a": "text", "b": None})
-    with pytest.raises(ValueError, match="two leaves of the dotted path `a.b`.*rename one"):
+    with pytest.raises(ValueError, match="two leaves with the dotted path `a.b`.*rename one"):
         vg.save(path, {"a.b": 1.0, "a": {"b": 2.0}})
     with pytest.raises(FileNotFoundError):
         vg.save(path.parent / "nowhere" / "checkpoint", {"a": 1.0})

@@ -24,7 +24,7 @@ from .test_leaves import is_same
 
 
 TREE = {"w": jnp.arange(9.0), "tau": 10.0 * u.ms, "n": 3, "large": 2**70, "k": jr.key(0)}
-ERROR = "must be a checkpoint that `vg.save` has written"
+ERROR = "must be a checkpoint written by `vg.save`"
 
 
 def test_every_flipped_bit_is_found(path):

@@ -114,7 +114,7 @@ def test_a_checkpoint_may_be_renamed_too(tmp_path):
 
 
 def test_the_error_shows_the_call(path):
-    with pytest.raises(ValueError, match="must be a checkpoint that `vg.save`") as caught:
+    with pytest.raises(ValueError, match="must be a checkpoint written by `vg.save`") as caught:
         vg.load(path, Net())
     assert "another program, with `fc1.bias`, `fc1.weight`, `fc2.bias`" in str(caught.value)
     call = "vg.load(path, like, rename={'layers.0.weight': 'fc1.weight'})"
@@ -165,7 +165,7 @@ CASTS = {
 def test_numbers_that_are_too_large_are_not_converted(tmp_path, file, dtype, value):
     safetensors.numpy.save_file({"a": np.array([1, value], file)}, tmp_path / "c")
     like = {"a": np.zeros(2, jnp.dtype(dtype))}
-    with pytest.raises(ValueError, match="The array of `a` has numbers that are too large fo"):
+    with pytest.raises(ValueError, match="The array of `a` has values that are too large fo"):
         vg.load(tmp_path / "c", like, rename={}, cast=True)
     safetensors.numpy.save_file({"a": np.array([1, 0], file)}, tmp_path / "c")
     loaded = vg.load(tmp_path / "c", like, rename={}, cast=True)["a"]
@@ -219,8 +219,8 @@ def test_several_files_are_read_by_their_index(index):
 
 
 INDEXES = {
-    "text": ("{", "is no index of files"),
-    "list": ("[]", "is no index of files"),
+    "text": ("{", "is not an index of files"),
+    "list": ("[]", "is not an index of files"),
     "no names": ('{"weight_map": {"a": 3}}', "has no `weight_map`"),
     "elsewhere": ('{"weight_map": {"a": "../x"}}', "has no `weight_map`"),
     "absolute": ('{"weight_map": {"a": "/etc/passwd"}}', "has no `weight_map`"),
@@ -291,7 +291,7 @@ def test_errors_name_the_next_thing_to_do(tmp_path):
     assert vg.load(path, vg.states(model)).keys() == vg.states(model).keys()
     safetensors.numpy.save_file({"weight": np.ones((2, 2), "float32")}, path)
     shapes = eqx.filter_eval_shape(lambda: linear)
-    with pytest.warns(UserWarning, match="a shape without numbers at `bias`"):
+    with pytest.warns(UserWarning, match="shapes without values at `bias`"):
         vg.load(path, shapes, rename={}, strict=False)
     with pytest.raises(ValueError, match="shapes instead of arrays"):
         vg.states(shapes)

@@ -261,7 +261,7 @@ OBJECTS = {
 
 @pytest.mark.parametrize("leaf", OBJECTS.values(), ids=OBJECTS)
 def test_an_object_that_holds_arrays_is_refused(path, leaf):
-    match = "at `stats.0`, a `.*`, which holds arrays and is no pytree. Register its class"
+    match = "at `stats.0`, a `.*`, which holds arrays but is not a pytree. Register its class"
     with pytest.raises(TypeError, match=r"`save\(tree=...\)`.*" + match):
         vg.save(path, {"w": X, "stats": [leaf]})
     assert not path.exists()
@@ -273,10 +273,10 @@ def test_an_object_that_holds_arrays_is_refused(path, leaf):
 ARRAYS = {
     "strings": (
         np.array(["cat", "dog"]),
-        "an array of <U3, which are no numbers. Keep it as a",
+        "an array of <U3, which are not numbers. Keep it as a",
     ),
-    "bytes": (np.array([b"cat"]), "an array of .S3, which are no numbers"),
-    "objects": (np.array([1, "a"], object), "an array of object, which are no numbers"),
+    "bytes": (np.array([b"cat"]), "an array of .S3, which are not numbers"),
+    "objects": (np.array([1, "a"], object), "an array of object, which are not numbers"),
     "structured": (np.zeros(2, "i4,f4"), "a structured array. Put its fields into a dict"),
     "void": (np.zeros(2, "i4,f4")[0], "a structured array"),
     "masked": (np.ma.masked_array([1.0], [True]), "a masked array. Put its `data` and its"),
@@ -292,7 +292,7 @@ def test_an_array_that_is_no_plain_one_is_refused(path, leaf, match):
 
 
 def test_shapes_are_not_saved(path):
-    with pytest.raises(TypeError, match=r"a shape without numbers, ShapeDtypeStruct.*at `w`"):
+    with pytest.raises(TypeError, match=r"a shape without values, ShapeDtypeStruct.*at `w`"):
         vg.save(path, {"w": jax.ShapeDtypeStruct((2,), "float32")})
 
 
@@ -384,7 +384,7 @@ def test_numbers_beside_the_arrays_of_a_state_are_compared(path):
     loaded = vg.load(path, [make(0.0, steps=3)])[0]
     assert jnp.array_equal(loaded.value["x"], X)
     like = [make(0.0, steps=4)]
-    match = "There is 4 at `0.steps`, and 3 in the file.* is fixed, so make the state with 3"
+    match = "There is 4 at `0.steps`, and 3 in the file.* fixed, so create the state with 3"
     with pytest.raises(ValueError, match=match):
         vg.load(path, like)
     assert jnp.array_equal(like[0].value["x"], 0 * X)

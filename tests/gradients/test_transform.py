@@ -75,7 +75,7 @@ WRONG_OPTIONS = {
     "arrays for grad_states": (
         lambda: vector_grad(apply, vg.states(make_mlp())),
         TypeError,
-        "(?s)A selector must be .* says which leaves are meant, and does not hold them",
+        "(?s)A selector must be .* says which leaves to choose, and does not contain them",
     ),
     "model for grad_states": (
         lambda: vector_grad(apply, make_mlp()),

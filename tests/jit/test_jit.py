@@ -416,7 +416,7 @@ class Config:
 
 
 def test_a_static_value_without_a_hash_is_refused():
-    with pytest.raises(TypeError, match=r"each must have a hash. Got Config.*frozen=True"):
+    with pytest.raises(TypeError, match=r"each must be hashable. Got Config.*frozen=True"):
         vg.jit(lambda x, config: x * config.scale)(jnp.ones(2), Config(2.0))
 
 

@@ -256,7 +256,7 @@ def test_a_leaf_of_another_shape_is_new():
 def test_a_state_that_mixes_leaves_cannot_be_taken_apart():
     tree = {"a": jnp.ones(2), "b": jnp.ones(3)}
     opt = vg.Optimizer(optax.flatten(optax.adam(0.1)), tree)
-    with pytest.raises(ValueError, match="one that mixes the leaves, in a f.*Make another"):
+    with pytest.raises(ValueError, match="a state that mixes the leaves, in a f.*Make a new"):
         opt.reselect(tree, "a")
 
 
@@ -358,7 +358,7 @@ def test_gradients_of_equinox_are_named_by_states():
 def test_the_state_of_another_selection_is_refused():
     opt, other = [vg.Optimizer(optax.adam(0.1), MODEL, name) for name in ("a", "b")]
     wrong = eqx.tree_at(lambda opt: opt.opt_state, opt, other.opt_state)
-    with pytest.raises(ValueError, match="must be of the selection.*of `a`. Got (.|\n)*resel"):
+    with pytest.raises(ValueError, match="must be for the selection.*`a`. Got (.|\n)*resel"):
         wrong.step(MODEL, {"a": jnp.ones(2)})
 
 

@@ -190,7 +190,7 @@ def with_tau(grad):
 REFUSED_GRADS = {
     "own unit": (
         with_tau(jnp.ones(2) * u.second),
-        "Got one in the unit of the parameter, as `jax.grad` makes it. Differentiate by",
+        "Got one in the unit of the parameter, as from `jax.grad`. Differentiate with",
     ),
     "bare": (with_tau(jnp.ones(2)), "one without a unit. Differentiate with `unit_aware=True`"),
     "other unit": (with_tau(jnp.ones(2) * u.mvolt), "Got another one. Check `loss_unit`"),
@@ -252,7 +252,7 @@ def test_a_parameter_in_another_unit_than_on_init_is_refused():
 def test_a_path_that_was_not_there_on_init_is_refused():
     _, grads, _ = make_problem()
     with pytest.raises(
-        ValueError, match="had on `init`. Got one at `other`, beside `gain`, `tau`"
+        ValueError, match="had on `init`. Got one at `other`, which is not among `gain`, `tau`"
     ):
         update(unitful(optax.adam(0.1), u.ms**2), {**grads, "other": jnp.ones(2)})
 

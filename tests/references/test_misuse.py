@@ -129,6 +129,6 @@ def test_grad_states_that_are_refused(grad_states, kind, match):
 
 def test_a_selector_that_finds_states_says_how_to_name_them():
     with pytest.raises(
-        ValueError, match=r"To differentiate by states, pass them, as `vg.states"
+        ValueError, match=r"To differentiate by states, pass the states themselves: `vg.states"
     ):
         vector_grad(lambda tree, x: tree["w"].value * x, "w")({"w": vg.State(X)}, X)

@@ -178,7 +178,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("make", CYCLIC)
 def test_what_holds_itself_is_refused(make, call):
-    with pytest.raises(ValueError, match="must not hold itself"):
+    with pytest.raises(ValueError, match="must not contain itself"):
         call(make())
 
 

@@ -261,7 +261,7 @@ MALFORMED = {
     "a.[]": r"a `\[` without its `\]`, or an empty set",
     "a**.b": r"a `\*\*` that does not stand alone",
     "a.b**": r"a `\*\*` that does not stand alone",
-    "[z-a]": "a range `z-a` that is turned around",
+    "[z-a]": "a reversed range `z-a`",
     "{a,b}" * 24: "braces for more than 1,000 paths",
 }
 

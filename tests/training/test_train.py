@@ -638,7 +638,7 @@ WRONG = {
     "no model": (
         lambda: train_step(loss, SGD).init(),
         TypeError,
-        r"needs the module, of which `grad_states` selects leaves. Got none",
+        r"needs the module whose leaves `grad_states` selects. Got none",
     ),
     "nothing": (
         lambda: train_step(loss, SGD, "activation").init(make_mlp()),
@@ -667,7 +667,7 @@ WRONG = {
             optimizer=vg.StateOptimizer(SGD, vg.State(jnp.ones(3)))
         ),
         ValueError,
-        r"must be a `vg.StateOptimizer` of the states.*\[2\].*Got.*\[3\]",
+        r"must be a `vg.StateOptimizer` for the states.*\[2\].*Got.*\[3\]",
     ),
     "no state": (
         lambda: train_step(loss, SGD)(make_mlp(), *make_batch()),
@@ -677,7 +677,7 @@ WRONG = {
     "a state of another step": (
         lambda: train_step(loss, SGD)(train_step(loss, SGD).init(make_mlp())),
         ValueError,
-        "Got one of another `train_step`. Make one by",
+        "Got one of another `train_step`. Make one with",
     ),
     "first axis": (
         lambda: call(train_step(loss, SGD, steps_per_call=2), *make_batch()),

@@ -449,7 +449,7 @@ REFUSED = {
     "another transformation": (
         lambda: call(square, init={"optimizer": vg.Optimizer(optax.sgd(0.2), make_ones())}),
         ValueError,
-        r"of the transformation of `train_step\(tx=...\)`.*reselect",
+        r"have the transformation of `train_step\(tx=...\)`.*reselect",
     ),
 }
 

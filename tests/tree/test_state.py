@@ -252,7 +252,7 @@ FORGOTTEN = {
 @pytest.mark.parametrize("use", FORGOTTEN.values(), ids=FORGOTTEN.keys())
 def test_a_forgotten_value_is_named(use):
     kinds = (TypeError, ValueError, AttributeError)
-    with pytest.raises(kinds, match=r"is a reference.* Take its `value`|`value` of a state"):
+    with pytest.raises(kinds, match=r"is a reference.* Use its `value`|`value` of a state"):
         use(vg.State(X, "w"))
 
 

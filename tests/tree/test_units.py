@@ -71,7 +71,7 @@ def make(kind):
 
 
 KINDS = ["like unxt", "like astropy", "like pint", "unxt", "astropy", "pint"]
-MATCH = "knows the units of brainunit alone. Got a `.*` of `.*`. Pass its number"
+MATCH = "supports only units of brainunit. Got a `.*` of `.*`. Pass its value"
 
 
 @pytest.mark.parametrize("kind", KINDS)

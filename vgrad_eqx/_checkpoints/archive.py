@@ -1,4 +1,4 @@
-"""Named arrays in a file of the safetensors format, and a digest of them.
+"""Named arrays in a file in the safetensors format, and a digest of them.
 
 https://huggingface.co/docs/safetensors describes the format: the length of a header, the header
 in JSON, and the numbers, without gaps.
@@ -24,7 +24,7 @@ import numpy as np
 from .files import sync
 
 
-# Those that NumPy, with the dtypes of JAX, can hold.
+# Those that NumPy can represent, with the dtypes of JAX.
 DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -46,22 +46,22 @@ DTYPES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
-# What other programs read since long. Arrays of another dtype are written as bytes.
+# Those that other programs have long supported. Arrays of other dtypes are written as bytes.
 _CODES = {dtype: code for code, dtype in list(DTYPES.items())[:16]}
 
 _LARGEST_HEADER = 100_000_000  # of the format
 _MOST_DIMENSIONS = 64  # of NumPy
-_ALIGNMENT = 64  # of JAX, which takes over an aligned buffer as it is
+_ALIGNMENT = 64  # of JAX, which uses an aligned buffer without a copy
 
-# How many bytes are hashed at once, written before the disk is asked to begin, and read ahead.
+# The number of bytes to hash at once, to write before a sync to disk starts, and to read ahead.
 _CHUNK, _SYNCED, _AHEAD = 1 << 22, 1 << 26, 1 << 25
-# Threads that read and hash, or hash what this one writes. A small chunk is not worth it.
+# Threads that read and hash, or hash what the main thread writes, except for small chunks.
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _WORTH_A_THREAD = 1 << 20
 
 
 class Tensor(NamedTuple):
-    """Where an array is in a file. `dtype` is its code if NumPy cannot hold it."""
+    """The place of an array in a file. `dtype` is its code if NumPy cannot represent it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class Tensor(NamedTuple):
 
     @classmethod
     def of(cls, dtype: str, shape: tuple[int, ...]) -> "Tensor":
-        """How an array is written: as it is, or as bytes."""
+        """The form in which an array is written: as is, or as bytes."""
         size = math.prod(shape) * jnp.dtype(dtype).itemsize
         return cls(*((dtype, shape) if dtype in _CODES else ("uint8", (size,))), 0, size)
 
@@ -82,7 +82,7 @@ def write_archive(
     metadata: dict[str, str],
 ) -> None:
     """Writes arrays, which are fetched one by one, and then their digest."""
-    # The largest numbers first, so that each is at a multiple of its size.
+    # Largest item size first, so that each array is aligned.
     names = sorted(tensors, key=lambda name: (-jnp.dtype(tensors[name].dtype).itemsize, name))
     tensors, offset = {name: tensors[name] for name in names}, 0
     for name, (dtype, shape, _, size) in tensors.items():
@@ -90,7 +90,7 @@ def write_archive(
         offset += size
     digest, hashes = Digest(metadata["entries"]), collections.deque()
     file.write(_format_header(tensors, {**metadata, "digest": "0" * 64}))
-    # The disk works while the rest is fetched, hashed and written, with a thread of its own.
+    # A separate thread syncs to disk while the rest is fetched, hashed and written.
     syncs: list[Future[None]] = []
     synced = 0
     with ThreadPoolExecutor(_NUM_THREADS + 1) as pool:
@@ -128,7 +128,7 @@ def _format_header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> b
 
 
 def read_header(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a file. Raises a `ValueError` if it has none."""
+    """The metadata and the tensors in a file. Raises a `ValueError` if it has none."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -176,7 +176,7 @@ def _parse_tensor(value: object, start: int) -> Tensor:
 
 
 def check_sizes(sizes: Any) -> None:
-    """Refuses what is no shape, and what would take long to multiply."""
+    """Raises an error for anything but a shape, or for sizes that are slow to multiply."""
     is_shape = isinstance(sizes, list) and len(sizes) <= 2 + _MOST_DIMENSIONS
     if not (is_shape and all(type(n) is int and 0 <= n < 2**63 for n in sizes)):
         raise ValueError("A size must be an integer of 63 bits.")
@@ -185,9 +185,9 @@ def check_sizes(sizes: Any) -> None:
 def read_tensors(
     file: BufferedReader, tensors: Mapping[str, Tensor], digest: "Digest"
 ) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Gives the bytes of each tensor, in this order, or `None` where the file ends.
+    """Yields the bytes of each tensor, in this order, or `None` if the file ends too early.
 
-    Threads read those to come, one at a time, and hash each chunk while it is in a cache.
+    Threads read ahead, one at a time, and hash each chunk while it is in the CPU cache.
     """
     ahead: collections.deque[tuple[str, np.ndarray, list[Any]]] = collections.deque()
     size, reading = 0, threading.Lock()
@@ -223,7 +223,7 @@ def read_tensors(
 
 
 def _make_buffer(size: int) -> np.ndarray:
-    """Bytes that JAX takes over without a copy, if there are many."""
+    """A buffer for bytes. JAX can use a large one without a copy."""
     if size < _WORTH_A_THREAD:
         return np.empty(size, np.uint8)
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
@@ -243,7 +243,7 @@ def _split_chunks(array: np.ndarray) -> Iterable[memoryview]:
 def _start(
     pool: ThreadPoolExecutor, func: Callable[..., Any], chunk: memoryview, *args: Any
 ) -> Callable[[], Any]:
-    """What gives the result, which a thread computes if that is worth it."""
+    """A function that returns the result, which a thread computes if that is worth it."""
     if len(chunk) >= _WORTH_A_THREAD:
         with contextlib.suppress(RuntimeError):  # no thread starts at the end of the program
             return pool.submit(func, chunk, *args).result
@@ -253,7 +253,7 @@ def _start(
 class Digest:
     """A SHA-256 of a text and of the CRC-32 of each chunk.
 
-    It finds damage; who forges a file can make a digest, too. A SHA-256 of everything would
+    It detects damage, but not forgery: a forger can compute it. A SHA-256 of everything would
     take twice as long, or six times where the processor has no instructions for it.
     """
 
@@ -261,7 +261,7 @@ class Digest:
         self._total = hashlib.sha256(text.encode())
 
     def begin(self, name: str) -> None:
-        """Takes note of the tensor whose chunks follow. The text has its name already."""
+        """Starts the tensor whose chunks follow. The text already contains its name."""
 
     def hash(self, chunk: memoryview) -> Any:
         return zlib.crc32(chunk).to_bytes(4, "little")

@@ -1,4 +1,4 @@
-"""Checkpoints: all arrays of a pytree by name, in one file that is whole or not there."""
+"""Checkpoints: all arrays of a pytree by name, in one file that is written atomically."""
 
 import json
 import os
@@ -24,27 +24,26 @@ from .sources import escape, make_error, open_source, Shards, Source, VERSION
 
 
 _T = TypeVar("_T")
-# How many bytes are on the host, at most, before their arrays go to their devices.
+# The most bytes to hold on the host before their arrays are put on their devices.
 _BATCH = 1 << 25
 
 
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes all arrays of a pytree to a file, by name.
 
-    The file is in the format of safetensors, and holds no code. A new file is written beside
-    `path` and then put in its place, so that there is a whole one at any moment: the new one,
-    or the one before. So there is if several processes write to one path; the last one wins. It
-    takes no more memory than the largest array.
+    The file is in the safetensors format, and contains no code. It is written next to `path`
+    and then moved into place, so that at any moment there is a complete file: the new one or
+    the previous one. This holds even if several processes write to the same path; the last one
+    wins. Saving takes no more memory than the largest array.
 
     **Arguments:**
 
-    - `path`: where to write. What was there is replaced, and its mode kept; of a link, the file
-        that it points to.
+    - `path`: where to write. An existing file is replaced, and its mode is kept. If `path` is
+        a link, its target is replaced.
     - `tree`: a [`vgrad_eqx.TrainState`][], or any pytree, such as
-        `{"model": model, "opt": opt}`, or a part of a model by [`vgrad_eqx.states`][]. Its
-        arrays of JAX and NumPy, NumPy scalars, PRNG keys, Quantities and Python numbers
-        are saved, and the values of states by reference. Strings, functions and the like are
-        left out.
+        `{"model": model, "opt": opt}`, or part of a model from [`vgrad_eqx.states`][]. Its JAX
+        and NumPy arrays, NumPy scalars, PRNG keys, Quantities and Python numbers are saved, and
+        the values of states by reference. Strings, functions and so on are not.
 
     **Returns:**
 
@@ -52,13 +51,14 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     **Raises:**
 
-    - `TypeError`: for what holds arrays and cannot be saved, by its path: NumPy arrays of
-        strings or objects, structured and masked arrays, `jax.ShapeDtypeStruct`s, arrays that
-        are spread over several hosts, and objects that hold arrays and are no pytrees.
-    - `ValueError`: if there is nothing to save, or if two leaves have one dotted path.
-    - `RuntimeError`: for a [`vgrad_eqx.TrainState`][] that a step has taken over.
-    - `OSError`: if it cannot be written, such as on a full disk. What was there before is
-        there still, and nothing else.
+    - `TypeError`: if a leaf contains arrays but cannot be saved; the error names its path.
+        These are NumPy arrays of strings or objects, structured and masked arrays,
+        `jax.ShapeDtypeStruct`s, arrays that are sharded over several hosts, and objects that
+        contain arrays but are not pytrees.
+    - `ValueError`: if there is nothing to save, or two leaves have the same dotted path.
+    - `RuntimeError`: if a [`vgrad_eqx.TrainState`][] has been donated to a step.
+    - `OSError`: if the file cannot be written, for example because the disk is full. A previous
+        file is left as it was, and no other file is left behind.
 
     **Example:**
 
@@ -83,8 +83,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     for name, (_, leaf) in items.items():
         if isinstance(split_unit(leaf)[0], jax.ShapeDtypeStruct):
             raise TypeError(
-                f"`save(tree=...)` must hold arrays. Got a shape without numbers, {leaf}, at "
-                f"`{name}`. Such a tree is for `load(like=...)`."
+                f"`save(tree=...)` must hold arrays. Got a shape without values, {leaf}, at "
+                f"`{name}`. Pass such a tree to `load(like=...)`."
             )
     entries = _describe(flat.tree, items)
     leaves = {escape(name): leaf for name, (_, leaf) in items.items()}
@@ -104,10 +104,10 @@ def load(
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
     cast: bool = False,
 ) -> _T:
-    """Reads what [`vgrad_eqx.save`][] has written, or the safetensors file of another program.
+    """Reads a file written by [`vgrad_eqx.save`][] or a safetensors file of another program.
 
-    Nothing in the file is executed. Its contents are checked against a digest, if it is of
-    this library, and against `like`, before anything is returned or set.
+    Nothing in the file is executed. Its contents are checked against `like` and, if the file
+    was written by this library, against a digest, before anything is returned or set.
 
     **Arguments:**
 
@@ -130,16 +130,16 @@ def load(
 
     **Returns:**
 
-    A pytree like `like` with the arrays of the file, each with the type, the byte order and the
-    sharding that it has in `like`. States by reference in `like` are set.
+    A pytree like `like` with the arrays of the file, each with the type, byte order and
+    sharding that it has in `like`. States by reference in `like` are set in place.
 
     **Raises:**
 
-    - `ValueError`: if `path` is no whole checkpoint; or, with `strict`, if it differs from
-        `like`: the error counts the differences, and shows the first of each kind. With
-        `cast`, if a number is too large for its new dtype.
-    - `TypeError`: if `like` holds what `save` refuses.
-    - `RuntimeError`: for a [`vgrad_eqx.TrainState`][] that a step has taken over.
+    - `ValueError`: if `path` is not a complete checkpoint; with `strict`, if it differs from
+        `like` (the error counts the differences, and shows the first of each kind); with
+        `cast`, if a value is too large for its new dtype.
+    - `TypeError`: if `like` contains a leaf that `save` refuses.
+    - `RuntimeError`: if a [`vgrad_eqx.TrainState`][] in `like` has been donated to a step.
     - `FileNotFoundError`: if there is no file.
 
     **Example:**
@@ -160,7 +160,7 @@ def load(
     if isinstance(like, type):
         raise TypeError(
             "`load(like=...)` must be a pytree, such as a model. Got the class "
-            f"`{like.__name__}`. Make a model of it, or the shapes of one by "
+            f"`{like.__name__}`. Create a model of that class, or its shapes with "
             "`eqx.filter_eval_shape`."
         )
     check_flag(strict, "load(strict=...)")
@@ -203,7 +203,7 @@ def _name_shapes(items: Mapping[str, tuple[int, Any]], loaded: Mapping[str, Any]
         for name, (_, leaf) in items.items()
         if name not in loaded and isinstance(split_unit(leaf)[0], jax.ShapeDtypeStruct)
     ]
-    return f" What is left is a shape without numbers at {shorten(shapes)}." if shapes else ""
+    return f" The result has shapes without values at {shorten(shapes)}." if shapes else ""
 
 
 def _describe(
@@ -221,7 +221,7 @@ def _read(
     items: Mapping[str, tuple[int, Any]],
     wanted: Mapping[str, Entry],
 ) -> dict[str, Any]:
-    """What is loaded, by name. `fitting` are the names of each array in the file."""
+    """The loaded leaves by name. `fitting` gives the names in `like` of each array to read."""
     loaded, batch, size = {}, {}, 0
 
     def restore_batch() -> None:
@@ -231,7 +231,7 @@ def _read(
 
     for file_name, array in source.read(fitting):
         for i, name in enumerate(fitting[file_name]):
-            # In the first place it is nobody else's, and JAX may take it over as it is.
+            # The first use owns the array, so JAX may take it over without a copy.
             own = array if i == 0 else array.copy()
             if wanted[name].kind == "array":
                 own = cast_array(own, wanted[name].dtype, f"The array of `{name}`")
@@ -247,7 +247,7 @@ def _read(
 def _fill(
     leaves: list[Any], items: Mapping[str, tuple[int, Any]], loaded: Mapping[str, Any]
 ) -> list[Any]:
-    """The leaves, of which states by reference are set, all of them or none."""
+    """The leaves with what was loaded. States by reference are all set, or none is."""
     leaves, refs = list(leaves), {}
     for name, value in loaded.items():
         index, leaf = items[name]
@@ -258,8 +258,8 @@ def _fill(
         elif str(value) != str(leaf):
             raise ValueError(
                 f"`load(like=...)` must be like the checkpoint. There is {leaf} at `{name}`, "
-                f"and {value} in the file. A number beside the arrays of a state is fixed, so "
-                f"make the state with {value}."
+                f"and {value} in the file. The Python numbers in the value of a state are "
+                f"fixed, so create the state with {value}."
             )
     before = {name: read(ref) for name, ref in refs.items()}
     try:
@@ -277,7 +277,7 @@ def _is_train_state(node: object) -> bool:
 
 
 def _expand(tree: PyTree) -> Any:
-    """The pytree with the arrays of training states by name."""
+    """The pytree with each training state replaced by its arrays, by name."""
     return jtu.tree_map(
         lambda node: node.to_tree() if _is_train_state(node) else node,
         tree,
@@ -296,7 +296,7 @@ def _collect(like: PyTree, expanded: PyTree) -> Any:
 
 
 def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
-    """What is saved, by name, each with the index of the leaf that it is in."""
+    """Everything to save, by name, each with the index of its leaf."""
     refuse_brainstate(flat.leaves, caller)
     items: dict[str, tuple[int, Any]] = {}
     for index, (name, leaf) in enumerate(zip(flat.names, flat.leaves, strict=True)):
@@ -311,15 +311,15 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
                 continue
             if each in items:
                 raise ValueError(
-                    f"`{caller}` has two leaves of the dotted path `{each}`. Arrays are saved "
-                    "by that path, so rename one of the keys."
+                    f"`{caller}` has two leaves with the dotted path `{each}`. Arrays are "
+                    "saved by that path, so rename one of the keys."
                 )
             items[each] = index, array
     return items
 
 
 def _list_content(name: str, state: State) -> dict[str, Any]:
-    """The leaves of the value of a state by name, with references in the places of arrays."""
+    """The leaves of the value of a state by name, with references in place of arrays."""
     value = FlatTree(state.content.combine())
     names = [".".join(filter(None, (name, each))) for each in value.names]
     return dict(zip(names, value.leaves, strict=True))

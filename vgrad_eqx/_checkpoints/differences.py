@@ -1,4 +1,4 @@
-"""What differs between a pytree and a file, in words."""
+"""A description of the differences between a pytree and a file."""
 
 import collections
 import difflib
@@ -10,15 +10,16 @@ from .leaves import Entry
 from .sources import Shards, Source
 
 
-_MOST = 3  # of each kind, or a message would be longer than anybody reads
+_MOST = 3  # of each kind, or the message would be too long to read
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 
 
 class Differences:
-    """What is wanted and not in a file as it must be, and the other way round.
+    """Entries that are wanted but missing or different in a file, and those not wanted.
 
-    `fitting` are the names of what fits, by the name in the file. As text it is a list.
+    `fitting` has the names of the entries that match, by their name in the file. The text of
+    this object lists the differences.
     """
 
     def __init__(
@@ -76,8 +77,8 @@ class Differences:
         hint = " Pass `cast=True` to convert dtypes." if self._castable else ""
         if self._missing and all(entry.is_python for _, _, entry in self._missing):
             hint += (
-                " These are numbers of the model beside its arrays. To load the arrays alone, "
-                "use `vg.replace_states(model, vg.load(path, vg.states(model)))`."
+                " These are Python numbers in the model. To load only its arrays, use "
+                "`vg.replace_states(model, vg.load(path, vg.states(model)))`."
             )
         if any("others." in name for name, _, _ in self._missing) or any(
             "others." in name for name in self._left_over
@@ -97,14 +98,14 @@ def _rename(name: str, rename: Rename) -> str:
     if not isinstance(file_name, str):
         raise TypeError(
             "`load(rename=...)` must give the name of an array in the file. Got "
-            f"{show(file_name)} for {quote(name)}. Give a name that is not there, with "
-            "`strict=False`, for what is to stay as it is."
+            f"{show(file_name)} for {quote(name)}. To keep the value in `like`, give a name "
+            "that is not in the file, and pass `strict=False`."
         )
     return file_name
 
 
 def check_rename(rename: object, names: Mapping[str, Any]) -> None:
-    """Refuses what is neither a function nor a dict from the paths of arrays."""
+    """Raises an error unless `rename` is a function or a dict from paths of arrays."""
     if not (rename is None or callable(rename) or isinstance(rename, Mapping)):
         raise TypeError(
             "`load(rename=...)` must be a dict from paths in `like` to names in the file, or a "
@@ -120,7 +121,7 @@ def check_rename(rename: object, names: Mapping[str, Any]) -> None:
 
 
 def offer_rename(source: Source | Shards, wanted: Mapping[str, Entry]) -> str:
-    """What to call for a file of another program, with a name of each side."""
+    """The call to make for a file of another program, with an example of a name."""
     found = source.entries
     listed = shorten(list(map(quote, found)), _MOST) or "nothing"
     pairs = {
@@ -137,7 +138,7 @@ def offer_rename(source: Source | Shards, wanted: Mapping[str, Entry]) -> str:
         "{path: name}",
     )
     return (
-        f"It is a safetensors file of another program, with {listed}. To load it, say where "
-        f"each array of `like` is: `vg.load(path, like, rename={example})`, or by a function "
-        "of its path"
+        f"It is a safetensors file of another program, with {listed}. To load it, name each "
+        f"array of `like`: `vg.load(path, like, rename={example})`, or with a function of its "
+        "path"
     )

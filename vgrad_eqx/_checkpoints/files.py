@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all."""
+"""Files that are replaced atomically."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from .._tree.text import show
 
 
 def check_path(path: object, caller: str) -> str:
-    """The path of a file, which a link may point to."""
+    """The path of a file, with links resolved."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"`{caller}` must be a path. Got {show(path)}.")
     path = os.fsdecode(path)
@@ -31,7 +31,7 @@ def check_path(path: object, caller: str) -> str:
 
 @contextlib.contextmanager
 def replace_file(path: str) -> Iterator[BinaryIO]:
-    """A new file to write, which takes the place of `path` at the end.
+    """A new file to write, which replaces `path` at the end.
 
     It has no name before, where the system can do that, so that nothing remains of it in a
     process that is killed.
@@ -47,7 +47,7 @@ def replace_file(path: str) -> Iterator[BinaryIO]:
             file.flush()
             sync(descriptor)
             if not is_named:
-                # With a folder, though the path is absolute, or the link is not followed.
+                # With a folder, though the path is absolute; or the link would not be followed.
                 os.link(_name_open(descriptor), part, src_dir_fd=descriptor)
         os.replace(part, path)
     except BaseException as error:
@@ -71,14 +71,14 @@ def replace_file(path: str) -> Iterator[BinaryIO]:
 
 
 def _open_new(path: str) -> tuple[int, bool]:
-    """A file that was not there, and whether it has its name yet."""
+    """A new file, and whether it already has its name."""
     if hasattr(os, "O_TMPFILE"):
-        with contextlib.suppress(OSError):  # of a file system that cannot do it
+        with contextlib.suppress(OSError):  # from a file system without support for it
             descriptor = os.open(os.path.dirname(path), os.O_TMPFILE | os.O_RDWR, 0o666)
             if os.path.exists(_name_open(descriptor)):
                 return descriptor, False
             os.close(descriptor)
-    # `O_EXCL` follows no link.
+    # `O_EXCL` does not follow links.
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
     return os.open(path, flags, 0o666), True
 
@@ -88,7 +88,7 @@ def _name_open(descriptor: int) -> str:
 
 
 def sync(descriptor: int) -> None:
-    """Waits until a file is on the disk, where the system can do that."""
+    """Waits until a file is on the disk, if the system supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:

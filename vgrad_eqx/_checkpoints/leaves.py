@@ -1,4 +1,4 @@
-"""A leaf as a plain array and what is known beside it, and back."""
+"""Converts a leaf to a plain array and a description, and back."""
 
 import collections
 import functools as ft
@@ -20,7 +20,7 @@ from .._tree.units import attach_unit, describe_unit, is_unit, split_unit
 
 
 class Entry(NamedTuple):
-    """What is known of an array beside its numbers."""
+    """The description of an array, without its values."""
 
     kind: str  # an array, a key of some kind, or a Python number
     dtype: str
@@ -30,12 +30,12 @@ class Entry(NamedTuple):
     def fits(self, other: "Entry") -> bool:
         if self.kind == other.kind and self.is_python and self.is_integer:
             return other.is_integer  # whatever its size
-        # Of a unit, its size and its dimension count, and not how it is written.
+        # A unit is compared by scale and dimension, not by name.
         ours, theirs = (self.unit or [])[1:], (other.unit or [])[1:]
         return self[:3] == other[:3] and ours == theirs
 
     def fits_cast(self, other: "Entry") -> bool:
-        """Whether `other` fits once its numbers are converted, of which none may be lost."""
+        """Whether `other` fits once its values are converted, without losing any."""
         rank, other_rank = _find_rank(self.dtype), _find_rank(other.dtype)
         if not self.kind == other.kind == "array" or rank is None or other_rank is None:
             return False
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
     @property
     def is_integer(self) -> bool:
-        """Whether it is written as a Python int is, in 64 bits or in bytes."""
+        """Whether it has the form of a Python int, which is written in 64 bits or as bytes."""
         return self[1:3] == ("int64", ()) or (self.dtype == "uint8" and len(self.shape) == 1)
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 
 
 def _find_rank(dtype: str) -> int | None:
-    """Where a dtype stands among bools, integers, reals and complex numbers."""
+    """The rank of a dtype among bools, integers, reals and complex numbers."""
     kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     try:
         found = [i for i, kind in enumerate(kinds) if jnp.issubdtype(jnp.dtype(dtype), kind)]
@@ -109,12 +109,12 @@ def describe(leaf: object) -> Entry:
     else:
         dtype, shape = number.dtype, number.shape
     if isinstance(number, jax.ShapeDtypeStruct):
-        dtype = jax.dtypes.canonicalize_dtype(dtype)  # what JAX makes of it
+        dtype = jax.dtypes.canonicalize_dtype(dtype)  # as JAX would convert it
     return Entry("array", _name_dtype(dtype), shape, describe_unit(unit))
 
 
 def _describe_key(key: jax.Array) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """The implementation of a key, of which the shape and the dtype suffice, and its data."""
+    """The implementation of a key, which depends only on its shape and dtype, and its data."""
     impls = []
 
     def get_data(key: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def _describe_key(key: jax.Array) -> tuple[Any, jax.ShapeDtypeStruct]:
 
 
 def fetch(leaf: object) -> np.ndarray:
-    """The numbers of a leaf, in the order of C and with the lowest byte first."""
+    """The values of a leaf, in C order and little-endian."""
     number, unit = split_unit(leaf)
     if isinstance(number, jax.Ref):
         number = read(number)
@@ -143,7 +143,7 @@ def fetch(leaf: object) -> np.ndarray:
 
 
 def _share(array: jax.Array) -> jax.Array:
-    """Another array of the same buffers. JAX keeps what it copies to the host with an array."""
+    """Another array with the same buffers, because JAX caches the host copy of an array."""
     if array.is_fully_replicated:
         return array.addressable_data(0)
     buffers = [shard.data for shard in array.addressable_shards]
@@ -160,9 +160,9 @@ def _as_array(number: ArrayLike) -> np.ndarray:
 
 
 def restore(leaves: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
-    """The arrays, which are nobody else's, as what stands in the place of these leaves.
+    """Converts arrays, which nothing else refers to, to the types of these leaves.
 
-    JAX takes all its arrays at once, which for small ones is three times as fast.
+    JAX arrays are put on their devices together, which is three times as fast for small ones.
     """
     values = list(map(_restore_one, leaves, arrays))
     indices = [i for i, leaf in enumerate(leaves) if not _is_of_host(leaf)]
@@ -183,7 +183,7 @@ def _is_of_host(leaf: Any) -> bool:
 
 
 def _restore_one(leaf: Any, array: np.ndarray) -> Any:
-    """The number in a leaf, which JAX is still to put on its devices."""
+    """The value of a leaf, before JAX puts it on its devices."""
     number, unit = split_unit(leaf)
     if is_python_number(number) and unit is None:
         is_large = isinstance(number, int) and array.dtype == np.uint8
@@ -203,7 +203,7 @@ def _restore_one(leaf: Any, array: np.ndarray) -> Any:
 
 
 def _find_sharding(number: Any) -> Any:
-    """Where an array is to be. What JAX may move to other devices may be moved still."""
+    """The sharding for an array. An uncommitted array remains uncommitted."""
     is_free = isinstance(number, jax.Array) and not getattr(number, "committed", False)
     return None if is_free else getattr(number, "sharding", None)
 
@@ -216,13 +216,13 @@ def find_obstacle(leaf: object) -> str | None:
     if isinstance(number, jax.Array) and not isinstance(number, jax.core.Tracer):
         if not (number.is_fully_addressable or number.is_fully_replicated):
             return (
-                "an array that is spread over several hosts. Save it by orbax, of which each "
-                "host writes its share"
+                "an array that is sharded over several hosts. Save it with orbax, where each "
+                "host writes its shards"
             )
     elif not is_saved(leaf) and _holds_array(leaf):
         return (
-            f"a `{type(leaf).__name__}`, which holds arrays and is no pytree. Register its "
-            "class, say as an `equinox.Module`, or put its arrays into a dict"
+            f"a `{type(leaf).__name__}`, which holds arrays but is not a pytree. Register its "
+            "class, for example as an `equinox.Module`, or put its arrays into a dict"
         )
     return None
 
@@ -236,8 +236,8 @@ def _find_obstacle_of_numpy(array: np.ndarray | np.generic) -> str | None:
         return "a structured array. Put its fields into a dict"
     if not _has_numbers(array.dtype):
         return (
-            f"an array of {array.dtype}, which are no numbers. Keep it as a list, which is "
-            "left out, or write it to a file of its own"
+            f"an array of {array.dtype}, which are not numbers. Keep it as a list, which is "
+            "not saved, or write it to a separate file"
         )
     return None
 
@@ -246,15 +246,15 @@ def _has_numbers(dtype: Any) -> bool:
     return dtype.kind in "bmM" or jnp.issubdtype(dtype, np.number)
 
 
-# They are left out, whatever they close over.
+# These are not saved, whatever they close over.
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 _HARMLESS = (str, bytes, type, np.dtype, *_FUNCTIONS)
-_MOST_OBJECTS = 10_000  # in 10 ms, of an object that holds half of a program
+_MOST_OBJECTS = 10_000  # takes 10 ms, for an object that refers to half of the program
 
 
 def _holds_array(leaf: object) -> bool:
-    """Whether an object that is no pytree holds an array, which would be left out with it."""
-    seen: dict[int, Any] = {}  # and alive, so that each `id` is its own
+    """Whether an object that is not a pytree contains an array, which would not be saved."""
+    seen: dict[int, Any] = {}  # kept alive, so that each `id` is unique
     pending = collections.deque([leaf])
     while pending and len(seen) < _MOST_OBJECTS:
         node = pending.popleft()
@@ -275,7 +275,7 @@ def _is_array(node: object) -> bool:
 
 
 def _list_parts(node: object) -> list[Any]:
-    if hasattr(node, "__wrapped__"):  # a function, compiled or with rules of its own
+    if hasattr(node, "__wrapped__"):  # a compiled function, or one with custom rules
         return []
     if isinstance(node, ft.partial):
         return [node.args, node.keywords]
@@ -292,7 +292,7 @@ def _list_parts(node: object) -> list[Any]:
 
 
 def cast_array(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
-    """The same numbers in another dtype, up to rounding."""
+    """The same values in another dtype, up to rounding."""
     if _name_dtype(array.dtype) == dtype:
         return array
     with np.errstate(all="ignore"):
@@ -306,7 +306,7 @@ def cast_array(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
         )
     if is_lost:
         raise ValueError(
-            f"{what} has numbers that are too large for {dtype}: `load(cast=True)` converts "
+            f"{what} has values that are too large for {dtype}: `load(cast=True)` converts "
             f"{array.dtype.name} only where none is lost."
         )
     return cast

@@ -1,4 +1,4 @@
-"""What there is to load in a file, of this library or of another program."""
+"""The contents of a file, written by this library or another program."""
 
 import contextlib
 import json
@@ -15,20 +15,20 @@ from .archive import check_sizes, Digest, parse_dict, read_header, read_tensors,
 from .leaves import Entry
 
 
-# The version of what is written. All before it are read.
+# The version that is written. All earlier versions can be read.
 VERSION = 2
 
 
 def escape(name: str) -> str:
-    """The name of an array in a file, of which JSON and the format take all but a few."""
+    """The name of an array in a file, quoted if JSON or the format would not accept it."""
     is_plain = name != "__metadata__" and not name.startswith('"')
     return name if is_plain and not re.search("[\ud800-\udfff]", name) else json.dumps(name)
 
 
 class Source:
-    """The arrays of a file by name, with what is known of them, and their numbers.
+    """The arrays of a file by name: their descriptions, and their values.
 
-    The numbers of this library's files are checked against their digest.
+    The values in files of this library are checked against their digest.
     """
 
     def __init__(self, path: str, file: BufferedReader):
@@ -79,7 +79,7 @@ class Source:
         self._tensors = tensors
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Gives the wanted arrays, and in the end raises an error if there was any damage."""
+        """Yields the wanted arrays, and raises an error at the end if the file is damaged."""
         digest = {None: _NoDigest, 1: _DigestOf1}.get(self._version, Digest)
         digest = digest(self._metadata.get("entries", ""))
         # Version 1 has a digest in the order of the names.
@@ -98,7 +98,7 @@ class Source:
 
 def make_error(path: str, reason: str) -> ValueError:
     return ValueError(
-        "`load(path=...)` must be a checkpoint that `vg.save` has written, or with `rename` a "
+        "`load(path=...)` must be a checkpoint written by `vg.save`, or with `rename` a "
         f"safetensors file. Got {path!r}. "
         f"{reason}."
     )
@@ -122,7 +122,7 @@ def _parse_entry(value: object) -> Entry:
 
 
 class _DigestOf1(Digest):
-    """That of version 1: a SHA-256 of everything in a row."""
+    """The digest of version 1: a single SHA-256 of everything."""
 
     def begin(self, name: str) -> None:
         self.update(name.encode())
@@ -132,14 +132,14 @@ class _DigestOf1(Digest):
 
 
 class _NoDigest(Digest):
-    """That of other programs, which write none."""
+    """For files of other programs, which have no digest."""
 
     def hash(self, chunk: memoryview) -> Any:
         return b""
 
 
 class Shards:
-    """The arrays of several files, by their index, as if they were in one."""
+    """The arrays of several files with an index, as if they were in one file."""
 
     is_foreign = True
     has_scales = False
@@ -157,7 +157,7 @@ class Shards:
 
 @contextlib.contextmanager
 def open_source(path: str) -> Iterator[Source | Shards]:
-    """Opens a file, or with the index of several, which ends with `.json`, all of them."""
+    """Opens a file, or all files in an index, whose name ends with `.json`."""
     with contextlib.ExitStack() as stack:
         if not path.endswith(".json"):
             yield Source(path, stack.enter_context(open(path, "rb")))
@@ -179,7 +179,7 @@ def _read_index(path: str) -> dict[str, str]:
         with open(path, encoding="utf-8") as file:
             index = parse_dict(file.read())
     except ValueError as error:
-        raise make_error(path, "It ends with `.json`, and is no index of files") from error
+        raise make_error(path, "It ends with `.json`, but is not an index of files") from error
     match index:
         case {"weight_map": dict(files)} if all(map(_is_file_name, files.values())):
             return files

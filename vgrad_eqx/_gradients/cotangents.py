@@ -1,4 +1,4 @@
-"""What the outputs are multiplied by before they are added up: ones, or what the user gave."""
+"""The weights of the outputs in their sum: ones, or the user's `cotangent`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def make_cotangents(
     """The cotangent of each differentiated output, and the unit of their sum."""
     name = flat_func.name
     cotangents, units = tuple(map(jnp.ones_like, numbers)), output.units
-    text = f"`{name}(func=...)` must return outputs of one dimension, because it adds them up."
+    text = f"`{name}(func=...)` must return outputs of one dimension, because it adds them."
     if flat_func.transform.cotangent is not None:
         cotangents, units = _parse_cotangent(flat_func.transform, numbers, output, name)
         text = (
@@ -50,7 +50,7 @@ def make_cotangents(
 def _parse_cotangent(
     transform: Any, numbers: Sequence[Any], output: Output, name: str
 ) -> tuple[tuple[Any, ...], list[Any]]:
-    """The given number for each differentiated output, and the unit of their product."""
+    """The given array for each differentiated output, and the unit of their product."""
     caller = f"{name}(cotangent=...)"
     value, _ = output.combine(numbers)
     cotangent = transform.cotangent

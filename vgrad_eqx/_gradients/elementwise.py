@@ -73,34 +73,34 @@ def elementwise_grad(
     order=1,
     check=True,
 ):
-    """As [`vgrad_eqx.vector_grad`][], but it is the elementwise derivative, or an error.
+    """As [`vgrad_eqx.vector_grad`][], but for the elementwise derivative.
 
     For `y = func(x)` in which each `y[i]` depends on `x[i]` alone, it is
-    `g[i] = ∂ⁿy[i] / ∂x[i]ⁿ` for the `order` `n`. Each output must have the shape of each
-    differentiated leaf. It costs one product with the Jacobian, whatever the size of `x`: by
-    reverse mode for the first order, for all leaves at once, and by forward mode in
-    forward mode for a higher one, for each leaf.
+    `g[i] = ∂ⁿy[i] / ∂x[i]ⁿ`, where `n` is the `order`; for any other function, it raises an
+    error. Each output must have the shape of each differentiated leaf. It costs one product
+    with the Jacobian, whatever the size of `x`: in reverse mode for the first order, for all
+    leaves at once, and in nested forward mode for higher orders, for each leaf.
 
     **Arguments:**
 
-    - `order`: which derivative is taken, 1 or more. There are no mixed ones.
-    - `check`: whether to raise where an output depends on another element. It takes the
-        product with two vectors more (three or four for thousands of elements), whose
-        elements are signed powers of two: in an elementwise function they scale the
-        derivatives exactly. It cannot see what is too small for the dtype: a derivative by
-        another element below 8 eps of that by the own one, which is 1e-6 in float32, 0.8 %
-        in float16 and 6 % in bfloat16. It looks at the derivatives at `x`, so a function
-        that is elementwise there passes, such as a sort of sorted numbers, and so does what
-        is not finite. Inside of a compiled function the products are taken in a loop of
-        their own, so it takes one more, which is not differentiated.
+    - `order`: the order of the derivative, 1 or more. There are no mixed derivatives.
+    - `check`: whether to raise an error if an element of an output depends on another element
+        of the leaf. The check multiplies the Jacobian by two more vectors (three or four for
+        thousands of elements) whose elements are signed powers of two, which scale the
+        derivatives of an elementwise function exactly. It cannot detect an off-diagonal
+        derivative smaller than 8 eps times the diagonal one, which is 1e-6 in float32, 0.8 %
+        in float16 and 6 % in bfloat16. It only looks at the derivatives at `x`, so it accepts
+        a function that is elementwise there, such as a sort of sorted values, and it ignores
+        derivatives that are not finite. In a compiled function, these products are computed
+        in a separate loop, which takes one product more and is not differentiated.
 
     **Returns:**
 
-    A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
-    A derivative has the shape and dtype of its leaf. For an output that is a pytree, the result
-    has its structure, with `None` at each leaf that is not inexact, and the derivatives
-    of that output in the place of the others. If `unit_aware`, it has the unit of
-    that output over that of the leaf to the power of `order`.
+    A [`vgrad_eqx.GradientTransform`][], which returns `grads`, and the value and auxiliary
+    data as in `vector_grad`. A derivative has the shape and dtype of its leaf. If the output
+    is a pytree, the result has its structure, with `None` at each leaf that is not inexact,
+    and the derivatives of that output at each other leaf. If `unit_aware`, a derivative has
+    the unit of its output divided by that of its leaf to the power of `order`.
 
     **Raises:**
 
@@ -129,7 +129,7 @@ def elementwise_grad(
 depends on other elements of `args[0]`, first at index (0,). Use `vector_grad` for the \
 gradient of the sum, `jacrev` for all derivatives, or `check=False`.
 
-    **Source:** the exactness of powers of two is that of IEEE 754.
+    **Source:** IEEE 754, for the exactness of multiplication by powers of two.
     """
     options = locals()
     del options["order"], options["check"]
@@ -152,7 +152,7 @@ _LONGEST = 50_000
 
 @dataclasses.dataclass(frozen=True)
 class _Elementwise:
-    """The rule: products of the Jacobian with ones and, to check, with weights."""
+    """The rule: products of the Jacobian with ones and, for the check, with weights."""
 
     order: int
     check: bool
@@ -193,7 +193,7 @@ class _Elementwise:
 
             def push_one(vector: Array, i: int = i, leaf: object = leaf) -> list[Any]:
                 along = lambda leaf: func(*replace_at(diff, [i], [leaf]))[0]
-                # Of a linear function that mixes elements, only the first one shows it.
+                # If a linear function mixes elements, only the first derivative shows it.
                 return [_push(along, vector, order)(leaf) for order in (1, self.order)]
 
             names = [flat_func.names[i]] * len(numbers)
@@ -234,10 +234,10 @@ class _Elementwise:
         ]
 
     def _make_weights(self, shape: tuple[int, ...], arrays: Sequence[Any]) -> list[Any]:
-        """Signed powers of two, by which no two elements have the same ones.
+        """Vectors of signed powers of two, such that no two elements have the same weights.
 
-        They are the digits of the numbers of the elements, at least two, so that what is mixed
-        of several elements shows as well.
+        They encode the digits of the index of each element. There are at least two vectors, so
+        that mixtures of several elements are detected as well.
         """
         most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
         exponents = 1 + min(30, most // 2 - 1) // self.order
@@ -252,14 +252,14 @@ class _Elementwise:
 
 
 def _push(func: Callable[..., Any], vector: Array, order: int) -> Callable[..., Any]:
-    """The derivative of an order along a vector."""
+    """The derivative of this order along a vector."""
     if order == 0:
         return func
     return lambda leaf: jax.jvp(_push(func, vector, order - 1), (leaf,), (vector,))[1]
 
 
 def _refuse_long(order: int, func: Callable[..., Any], diff: Sequence[Any]) -> None:
-    """Refuses an order whose program is too long, which grows by a factor with each order."""
+    """Raises an error if the program, which grows by a factor with each order, is too long."""
 
     def count(order: int) -> int:
         pushed = _push(lambda leaf: func(leaf, *diff[1:])[0], jnp.ones_like(diff[0]), order)
@@ -314,9 +314,9 @@ def _find_faults(
     weights: Sequence[Array],
     order: int,
 ) -> list[Array]:
-    """Where products are not those of a diagonal matrix, for each leaf.
+    """Where the products are not those of a diagonal matrix, for each leaf.
 
-    Of a derivative of the first order and, if `order` is higher, of the last one.
+    Checks the first derivative and, if `order` is higher, also that of `order`.
     """
     found = []
     for power, *products in zip(sorted({1, order}), first, *others, strict=True):
@@ -328,9 +328,9 @@ def _find_faults(
 def _find_mixed(products: Sequence[Array], weights: Sequence[Array]) -> Array:
     """Where products are not those of a diagonal matrix.
 
-    Scaling by a power of two commutes with rounding, but for numbers that underflow: of 60
-    networks of orders 1 to 4, compiled, differentiated or neither, those in float32 and
-    bfloat16 had no difference at all, and those in float16 up to 0.06 of what is allowed.
+    Scaling by a power of two commutes with rounding, except on underflow: in 60 networks of
+    orders 1 to 4, compiled, differentiated or neither, there was no difference at all in
+    float32 and bfloat16, and up to 0.06 of the tolerance in float16.
     """
     info = [jnp.finfo(array.dtype) for array in (products[0], weights[0])]
     eps, tiny = max(each.eps for each in info), max(each.tiny for each in info)
@@ -360,10 +360,10 @@ def _refuse(result: Array, mixed: Array, name: str) -> Array:
     return result
 
 
-# To put it on a device compiles nothing.
+# A NumPy array, because putting it on a device compiles nothing.
 _PROBE = np.zeros(())
 
 
 def _is_tracing() -> bool:
-    """Whether JAX traces a program now. It does not where it only differentiates or maps."""
+    """Whether JAX is tracing a program, rather than only differentiating or mapping."""
     return isinstance(jax.device_put(_PROBE), jax.core.Tracer)

@@ -1,7 +1,7 @@
-"""The transform that all operators share, and the rule by which each differentiates.
+"""The transform that all operators share, and the differentiation rule of each.
 
 For a function `y = f(p)`, `jax.vjp` gives `y` and the product `c ↦ c·J` with the Jacobian. The
-vector gradient is that of ones; the other operators take other products.
+vector gradient is this product for `c = 1`; the other operators use other products.
 """
 
 import dataclasses
@@ -44,15 +44,16 @@ from .flat_function import FlatFunction, Output
 class Row:
     """The derivatives of one output, or of the sum of all, and the unit of that output.
 
-    There is one for each leaf; in place of a second derivative, such a list of them.
+    `grads` has one entry for each leaf; for second derivatives, each entry is itself a list.
     """
 
     grads: Sequence[Any]
     unit: Any
 
 
-# Takes a function from arrays to a tuple of arrays and an `Output`, where to differentiate it,
-# and the call that both are of. Gives what the function does, and the derivatives.
+# Takes a function from arrays to a tuple of arrays and an `Output`, the point at which to
+# differentiate it, and the call that it belongs to. Returns the function's results, and the
+# derivatives.
 Rule = Callable[
     [Callable[..., Any], Sequence[Any], FlatFunction],
     tuple[Sequence[Any], Output, Sequence[Row]],
@@ -64,7 +65,7 @@ class Operator(NamedTuple):
 
     name: str
     rule: Rule
-    adds_up: bool = False  # one row, of the sum of all outputs
+    adds_up: bool = False  # if so, there is one row, for the sum of all outputs
     order: int = 1
     power: int = 1  # of the unit of the leaf
 
@@ -122,11 +123,12 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
 
     **Arguments:**
 
-    - `args`, `kwargs`: those of `func`.
+    - `args`, `kwargs`: the arguments of `func`.
 
     **Returns:**
 
-    The gradients, and more if asked for, as [`vgrad_eqx.vector_grad`][] lists them.
+    The gradients, and the value and auxiliary data if requested, as listed in
+    [`vgrad_eqx.vector_grad`][].
 
     **Example:**
 
@@ -200,7 +202,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
         )
 
     def _differentiate(self, flat_func: FlatFunction, refs: dict[int, jax.Ref]) -> Any:
-        """The result of the rule. The states that `func` touches are put into `refs`."""
+        """The result of the rule. Adds the states that `func` uses to `refs`."""
         if not state.exists.is_set() and not isinstance(flat_func.states, StateValues):
             return self._apply_rule(flat_func, flat_func.diff, flat_func)
         over_values = ft.partial(_call_over_values, flat_func, refs)
@@ -221,7 +223,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
         return numbers, output, rows
 
     def _arrange(self, flat_func: FlatFunction, output: Output, rows: Sequence[Row]) -> Any:
-        """The derivatives with their units, in the places of the outputs and the leaves."""
+        """The derivatives with their units, in the structure of the outputs and the leaves."""
         arrange = flat_func.arrange if self.operator.order == 1 else flat_func.arrange_second
         arranged = []
         for row in rows:
@@ -241,7 +243,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
 def _call_over_values(
     flat_func: FlatFunction, refs: dict[int, jax.Ref], *diff: jax.Array
 ) -> Any:
-    """`func`, with what is differentiated in the place of states."""
+    """Calls `func` with the differentiated arrays in place of states."""
     states = flat_func.states if isinstance(flat_func.states, StateValues) else None
     values = {} if states is None else dict(zip(states.refs, diff, strict=False))
     called = call_with(flat_func, values, *diff, refs=refs)
@@ -254,7 +256,7 @@ def _call_over_values(
 def _divide_row(
     grads: Sequence[Any], unit: Unit, units: Sequence[Any], power: int = 1
 ) -> list[Any]:
-    """Derivatives in a unit over those of the leaves."""
+    """Derivatives with their units: `unit` divided by the unit of each leaf."""
     divided = []
     for number, by in zip(grads, units, strict=True):
         quotient = unit
@@ -361,7 +363,7 @@ def make_transform(
     cotangent: PyTree = None,
     **options: Any,
 ) -> Any:
-    """Both forms of every operator, the call and the decorator, with options checked."""
+    """Checks the options and creates either form of an operator, call or decorator."""
     name = operator.name
     options["argnums"] = parse_argnums(argnums, f"{name}(argnums=...)")
     options["grad_states"] = parse_grad_states(grad_states, f"{name}(grad_states=...)")

@@ -1,4 +1,4 @@
-"""Errors about the values of gradients."""
+"""The error for gradients that are not finite."""
 
 import functools as ft
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from jax import Array
 
 
 def raise_if_not_finite(grads: Sequence[tuple[Array, str]], caller: str) -> None:
-    """Raises if a gradient holds a NaN or an infinity, also from compiled code."""
+    """Raises an error if a gradient contains a NaN or infinity, also in compiled code."""
     faults = jnp.stack([_faults(grad) for grad, _ in grads])
     report = ft.partial(_report, names=tuple([name for _, name in grads]), caller=caller)
     if isinstance(faults, jax.core.Tracer):
-        # `eqx.error_if` would do, but for its message, which cannot depend on values.
+        # Not `eqx.error_if`, whose message cannot depend on values.
         jax.debug.callback(report, faults)
     else:
         report(faults)
@@ -34,5 +34,5 @@ def _report(faults: Array, *, names: Sequence[str], caller: str) -> None:
     if found:
         raise FloatingPointError(
             f"`{caller}` must give finite gradients. Got {', '.join(found)}. To find the "
-            "operation that makes the first NaN, run under `jax.debug_nans(True)`."
+            "operation that produces the first NaN, run under `jax.debug_nans(True)`."
         )

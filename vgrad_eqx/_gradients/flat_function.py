@@ -1,7 +1,7 @@
-"""`func` in one call, as a function of numbers: where they stand in arguments and output.
+"""One call of `func`, as a function of flat arrays from its arguments to its output.
 
-The user's pytrees stop here. What JAX differentiates takes and returns flat lists of arrays, in
-which a Quantity is its number.
+The user's pytrees stop here. The function that JAX differentiates takes and returns flat lists
+of arrays, in which a Quantity is represented by its mantissa.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Func = Callable[..., Any]
 
 
 class FlatFunction:
-    """`func` with its arguments, as a function of the numbers to differentiate by."""
+    """`func` with its arguments, as a function of the arrays that are differentiated."""
 
     def __init__(
         self, transform: Any, func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -69,7 +69,7 @@ class FlatFunction:
         self.num_selected = len(self.states.diff) if is_selected else 0
 
     def __call__(self, *diff: jax.Array) -> tuple[tuple[Any, ...], "Output"]:
-        """The numbers in the output of `func` that are differentiated, and the rest of it."""
+        """The differentiated arrays in the output of `func`, and the rest of the output."""
         func, args = self._func, list(self._args)
         for each, span in zip(self._inputs, self._spans, strict=True):
             func = each.insert(func, args, diff[span])
@@ -100,7 +100,7 @@ class FlatFunction:
 
     @property
     def names(self) -> list[str]:
-        """What errors call each that is differentiated. Selected leaves come first."""
+        """The name in errors of each differentiated array. Selected leaves come first."""
         return [name for each in self._inputs for name in each.labels]
 
     @property
@@ -109,12 +109,12 @@ class FlatFunction:
         return [unit for part in units for unit in part]
 
     def arrange(self, grads: Sequence[Any]) -> Any:
-        """The derivatives as the user is to see them: by the states, the arguments, or both."""
+        """The derivatives for the user: with respect to the states, the arguments, or both."""
         pairs = zip(self._inputs, self._spans, strict=True)
         return self._join([each.arrange(grads[span]) for each, span in pairs])
 
     def arrange_second(self, rows: Sequence[Sequence[Any]]) -> Any:
-        """The derivatives of derivatives. Those by one state and one argument are left out."""
+        """The second derivatives, without mixed ones of a state and an argument."""
         pairs = list(zip(self._inputs, self._spans, strict=True))
         num_states = self.states is not None
         arranged = []
@@ -128,7 +128,7 @@ class FlatFunction:
         return self._join(arranged)
 
     def _join(self, arranged: list[Any], num_states: int | None = None) -> Any:
-        """The derivatives by the states, and those by the arguments, as these were named."""
+        """Joins the derivatives of the states and of the arguments, in the form requested."""
         if num_states is None:
             num_states = self.states is not None
         arg_grads = arranged[num_states:]
@@ -139,7 +139,7 @@ class FlatFunction:
 
 
 class _Argument:
-    """An argument, of which every inexact array is differentiated."""
+    """An argument whose inexact arrays are all differentiated."""
 
     def __init__(self, args: Sequence[Any], position: int, caller: str):
         self._position = position
@@ -168,7 +168,7 @@ class _Argument:
         return [f"args[{self._position}]" + (name and f".{name}") for name in names]
 
     def insert(self, func: Func, args: list[Any], diff: Sequence[Any]) -> Func:
-        """Puts these numbers into `args`. Returns the function to call."""
+        """Inserts these arrays into `args`. Returns the function to call."""
         args[self._position] = self._rest.combine(diff)
         return func
 
@@ -178,7 +178,7 @@ class _Argument:
 
 
 class _SelectedLeaves:
-    """The state tree, of which the selected leaves are differentiated."""
+    """The state tree, whose selected leaves are differentiated."""
 
     def __init__(self, func: Func, args: Sequence[Any], grad_states: GradStates, caller: str):
         self._structure = grad_states.structure
@@ -222,7 +222,7 @@ class _SelectedLeaves:
 def _find_positions(
     argnums: int | tuple[int, ...], num_args: int, states: PyTree, caller: str
 ) -> list[int]:
-    """The arguments that `argnums` names, counted from the start."""
+    """The positions in `argnums`, counted from the start."""
     positions: list[int] = []
     for argnum in argnums if isinstance(argnums, tuple) else (argnums,):
         position = argnum + num_args if argnum < 0 else argnum
@@ -246,14 +246,14 @@ def _find_positions(
 
 
 class _Owner(NamedTuple):
-    """A state tree inside a function, and the same function around another tree."""
+    """A state tree inside a function, and a way to rebuild the function with another tree."""
 
     tree: Any
     rebuild: Callable[[Any], Func]
 
 
 def _find_owner(func: Func) -> _Owner | None:
-    """The state tree that `func` brings along, or `None` if it must be passed."""
+    """The state tree inside `func`, or `None` if it is passed as an argument."""
     owner = getattr(func, "__self__", None)
     if isinstance(owner, eqx.Module):
         method: Any = func
@@ -268,7 +268,7 @@ def _find_owner(func: Func) -> _Owner | None:
 
 
 def _find_in_partial(func: eqx.Partial) -> _Owner | None:
-    # A bound method of a decorated function is one, such as of `eqx.filter_jit`.
+    # A bound method of a decorated function, such as with `eqx.filter_jit`, is a `Partial`.
     args, keywords = func.args, func.keywords
     inner = _find_owner(func.func)
     if inner is not None:
@@ -292,8 +292,8 @@ def _find_in_wrapper(func: Any) -> _Owner | None:
     if not any(map(is_wrapped, jtu.tree_leaves(func, is_leaf=is_wrapped))):
         raise TypeError(
             f"Leaves of `{type(wrapped).__name__}` cannot be selected inside of {show(func)}, "
-            "which does not hold it as a part of its pytree. Wrap the gradient instead, "
-            "say as `eqx.filter_jit(vg.vector_grad(model, ...))`."
+            "which does not contain it as a part of its pytree. Wrap the gradient instead, "
+            "as in `eqx.filter_jit(vg.vector_grad(model, ...))`."
         )
 
     def rebuild(tree: PyTree) -> Any:
@@ -333,10 +333,10 @@ def _refuse_hidden(func: Func, data: object, caller: str) -> None:
 )
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """An output and its auxiliary data, without the numbers that are differentiated.
+    """An output and its auxiliary data, without the differentiated arrays.
 
-    To JAX it is a pytree of the other arrays. What a function over references leaves in them
-    comes along as `finals`.
+    To JAX, it is a pytree of the other arrays. `finals` are the final values of the references
+    that the function sets.
     """
 
     arrays: Sequence[Any]
@@ -346,12 +346,12 @@ class Output:
 
     @property
     def indices(self) -> Sequence[int]:
-        """Where the differentiated numbers are among the leaves of the output."""
+        """The indices of the differentiated arrays among the leaves of the output."""
         return self.rest.indices[: len(self.rest.indices) - len(self.arrays)]
 
     @property
     def units(self) -> Sequence[Any]:
-        """The units of the differentiated numbers."""
+        """The units of the differentiated arrays."""
         num_diff = len(self.indices)
         return [None] * num_diff if self.rest.units is None else self.rest.units[:num_diff]
 
@@ -365,12 +365,12 @@ class Output:
         return self.rest.combine([*numbers, *self.arrays])
 
     def arrange(self, entries: Sequence[Any]) -> Any:
-        """An entry in the place of each differentiated number, and `None` in the others."""
+        """The output with an entry for each differentiated array, and `None` elsewhere."""
         return Rest(self.structure, (), self.indices, None).arrange(entries)
 
 
 def split_output(value: object, aux: PyTree, name: str) -> tuple[tuple[Any, ...], Output]:
-    """The numbers of the inexact leaves of `value`, and what remains."""
+    """The arrays in the inexact leaves of `value`, and the rest."""
     flat = FlatTree((value, aux))
     num_leaves, inexact = flat.structure.children()[0].num_leaves, set(flat.differentiable)
     diff, arrays = [], []

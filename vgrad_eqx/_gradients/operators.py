@@ -74,16 +74,16 @@ def vector_grad(
 
     **Arguments:**
 
-    - `func`: the function to differentiate. It may take and return any pytrees. The
-        inexact leaves of its output are differentiated; the others pass through.
-    - `grad_states`: which leaves of the state tree are differentiated. The state tree is
-        `func` itself if that is an Equinox module, the module of a bound method, the
-        first bound argument of an `equinox.Partial`, and else the first positional
-        argument. One selector: a path such as `"layers.*.weight"`, one of
+    - `func`: the function to differentiate. It may take and return arbitrary pytrees. The
+        inexact leaves of its output are differentiated; the others are returned unchanged.
+    - `grad_states`: which leaves of the state tree to differentiate with respect to. The
+        state tree is `func` itself if that is an Equinox module, the module of a bound
+        method, the first bound argument of an `equinox.Partial`, and otherwise the first
+        positional argument. Pass one selector: a path such as `"layers.*.weight"`, one of
         [`vgrad_eqx.path`][], [`vgrad_eqx.instance`][], [`vgrad_eqx.at`][] and
         [`vgrad_eqx.leaf`][], or an Equinox filter spec (`True`, a predicate, or a
-        pytree of them). Or several: a list, tuple or dict with a path or one of
-        those four in it. Or else states by reference, which `func` closes over: a
+        pytree of them). Or pass several: a list, tuple or dict that contains a path or one
+        of those four. Or pass states by reference that `func` closes over: a
         [`vgrad_eqx.State`][] or `jax.Ref`, or a pytree of them. Defaults to none.
     - `argnums`: which positional arguments are differentiated: an int, or a sequence of
         ints. Negative ones count from the end. Defaults to 0 without `grad_states`, and
@@ -96,15 +96,16 @@ def vector_grad(
         it: for a map from V to mV it is 1000. For arrays without units, it makes no
         difference.
     - `check_states`: if `True`, raise an error for a selected leaf that no gradient can
-        reach: the output of `func` does not depend on it, or only behind `stop_gradient` and
-        the like; and for a state by reference that `func` does not touch. Each call is checked
-        by itself. If `False`, the gradient of such a leaf or state is zero.
-    - `debug_nan`: whether to raise if a gradient holds a NaN or an infinity. Under
-        `jax.jit` this costs a callback.
+        reach, because the output of `func` does not depend on it or depends on it only
+        through `stop_gradient` and the like; and for a state by reference that `func` does
+        not use. Each call is checked separately. If `False`, such gradients are zero.
+    - `debug_nan`: whether to raise an error if a gradient contains a NaN or an infinity.
+        Under `jax.jit`, this adds a callback.
     - `cotangent`: what to multiply the Jacobian by instead of a row of ones, so that
-        `g[j] = Σ_i c[i] ∂y[i] / ∂θ[j]`. A pytree like the output, in which leaves that are
-        not inexact may be anything, or a function that makes one of the output. It may carry
-        a unit, which multiplies that of `y`. Defaults to ones.
+        `g[j] = Σ_i c[i] ∂y[i] / ∂θ[j]`. Either a pytree with the structure of the output,
+        whose entries for leaves that are not inexact may be anything, or a function that
+        computes such a pytree from the output. It may have a unit, which multiplies that of
+        `y`. Defaults to ones.
 
     **Returns:**
 
@@ -119,12 +120,13 @@ def vector_grad(
     and `(var_grads, arg_grads)` with both:
 
     - `var_grads` is a flat dict `{path: gradient}`, sorted by path as JAX sorts dicts, which
-        optax takes as it is; for several selectors, the structure of `grad_states` with such
-        a dict in the place of each. For states by reference, the structure of `grad_states`
-        with a gradient in the place of each, which has the structure of its value.
-    - `arg_grads` is one gradient for an int, and a tuple for a sequence. It has the structure
-        of the argument, with `None` at each leaf that is no inexact array. An
-        argument that is a Python float or complex is differentiated.
+        can be passed to optax as is. For several selectors, it has the structure of
+        `grad_states`, with such a dict in place of each selector. For states by reference, it
+        has the structure of `grad_states`, with each state replaced by a gradient that has
+        the structure of its value.
+    - `arg_grads` is a single gradient if `argnums` is an int, and a tuple if it is a sequence.
+        A gradient has the structure of its argument, with `None` at each leaf that is not an
+        inexact array. An argument that is itself a Python float or complex is differentiated.
 
     A gradient has the shape and dtype of its leaf. If `unit_aware`, it has the unit of the
     output over that of the leaf, and is a plain array where these have one dimension. Outputs
@@ -133,9 +135,9 @@ def vector_grad(
     leaf and a complex output, it is the gradient of the real part. Without `func`, it returns
     a decorator.
 
-    `func` is called once, as by `jax.vjp`. It may set states by reference; after an exception
-    each has its old value. Where it sets one to a value that is differentiated, it is called
-    a second time, to be traced; by states by reference, it is only traced.
+    `func` is called once, as by `jax.vjp`; it is called a second time only if it sets a state
+    by reference inside a loop or a compiled function. If it raises, every state keeps its old
+    value.
 
     **Raises:**
 
@@ -233,12 +235,13 @@ def grad(
 ) -> Any:
     """As [`vgrad_eqx.vector_grad`][], but for a function that returns one real scalar.
 
-    For that it gives the same; for any other function it is an error instead of the gradient
-    of a sum.
+    For such a function, the result is the same. For any other, it raises an error, where
+    `vector_grad` would return the gradient of a sum.
 
     **Returns:**
 
-    A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
+    A [`vgrad_eqx.GradientTransform`][], which returns `grads`, and the value and auxiliary
+    data as in `vector_grad`.
 
     **Raises:**
 
@@ -268,20 +271,21 @@ def jacrev(
     *,
     debug_nan: bool = False,
 ) -> Any:
-    """As [`vgrad_eqx.vector_grad`][], but for the Jacobian, by reverse mode.
+    """As [`vgrad_eqx.vector_grad`][], but for the Jacobian, computed by reverse mode.
 
     For `y = func(*args)` and a differentiated leaf `θ`, it is `J[i, j] = ∂y[i] / ∂θ[j]`. It
-    costs a reverse pass for each element of `y`, so it suits few outputs of many inputs.
+    costs one reverse pass per element of `y`, so it suits functions with few outputs and many
+    inputs.
 
     **Returns:**
 
-    A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
-    Instead of a gradient in the shape of its leaf, there is a Jacobian, with the axes of the
-    output first. If the output is a pytree, so is the result, as in JAX: it has the
-    structure of the output, with `None` at each leaf that is not inexact, and in the place of
-    the others what a function with that single output would give. If
-    `unit_aware`, each block has the unit of its own output over that of its leaf, so
-    outputs need not share a dimension.
+    A [`vgrad_eqx.GradientTransform`][], which returns `grads`, and the value and auxiliary
+    data as in `vector_grad`. In place of each gradient there is a Jacobian, whose first axes
+    are those of the output and whose last axes are those of the leaf. If the output is a
+    pytree, so is the result, as in JAX: it has the structure of the output, with `None` at
+    each leaf that is not inexact, and at each other leaf the result for a function that
+    returns this leaf alone. If `unit_aware`, each block has the unit of its own output
+    divided by that of its leaf, so outputs need not have the same dimension.
 
     **Raises:**
 
@@ -316,9 +320,9 @@ def jacfwd(
     *,
     debug_nan: bool = False,
 ) -> Any:
-    """As [`vgrad_eqx.jacrev`][], but by forward mode.
+    """As [`vgrad_eqx.jacrev`][], but computed by forward mode.
 
-    It costs a forward pass for each element of the inputs, so it suits few inputs.
+    It costs one forward pass per element of the inputs, so it suits functions with few inputs.
 
     **Returns:**
 
@@ -357,8 +361,8 @@ def hessian(
     """As [`vgrad_eqx.jacrev`][], but for second derivatives.
 
     For `y = func(*args)` and differentiated leaves `θ` and `φ`, it is
-    `H[i, j, k] = ∂²y[i] / ∂θ[j] ∂φ[k]`, by forward over reverse mode. It costs a forward and
-    a reverse pass for each element of the inputs.
+    `H[i, j, k] = ∂²y[i] / ∂θ[j] ∂φ[k]`, computed by forward over reverse mode. It costs one
+    forward and one reverse pass per element of the inputs.
 
     **Returns:**
 

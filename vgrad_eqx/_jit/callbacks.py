@@ -27,12 +27,12 @@ def has_callback(jaxpr: Jaxpr, names: Sequence[str] = CALLBACKS) -> bool:
 
 
 def wait(compiled: Callable[..., Any], *inputs: PyTree) -> Any:
-    """Calls a compiled function, and waits, so that its errors are raised here.
+    """Calls a compiled function and blocks, so that its errors are raised here.
 
-    Without the traceback of the callback, which JAX would print besides.
+    JAX's own log of the callback's traceback is suppressed.
     """
     logger = logging.getLogger("jax._src.callback")
-    # Of its own, since such calls nest while they are traced.
+    # A separate filter for each call, since such calls nest during tracing.
     is_no_failure = lambda record: record.getMessage() != "jax.pure_callback failed"
     logger.addFilter(is_no_failure)
     try:
@@ -46,9 +46,9 @@ def wait(compiled: Callable[..., Any], *inputs: PyTree) -> Any:
 
 
 def explain(error: BaseException) -> BaseException:
-    """The error of Equinox for one of `equinox.error_if`, and any other error as it is.
+    """Equinox's own error for an `equinox.error_if`; any other error unchanged.
 
-    Equinox explains what is raised in a function that it compiles itself.
+    Equinox does the same for functions that it compiles itself.
     """
     is_known = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
     if not is_known or "_EquinoxRuntimeError: " not in str(error):

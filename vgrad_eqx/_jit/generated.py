@@ -1,4 +1,4 @@
-"""Functions, written for one pytree, that fetch the arrays of another like it or build one.
+"""Generated functions that extract the arrays of a pytree like a given one, or build one.
 
 To flatten a module, JAX calls back into Python for each node, which reads every field through
 the `__getattribute__` of Equinox, and two structures are compared after that. Code that is
@@ -29,7 +29,7 @@ def make_reader(
     is_array: Callable[[Any], bool],
     check: Callable[[Sequence[Any], Sequence[Any]], bool],
 ) -> Callable[..., Arrays | None]:
-    """Writes a function of a pytree and of others, passed by position in this order.
+    """Generates a function of a pytree and of others, passed by position in this order.
 
     It returns the arrays of the first, and those of the others, or `None` for pytrees that
     differ from these in anything else. Where a leaf has another type than here, `check` of
@@ -62,7 +62,7 @@ def make_reader(
 def make_builder(
     tree: PyTree, is_array: Callable[[Any], bool]
 ) -> Callable[[Sequence[Any]], Any]:
-    """Writes a function that returns this pytree with other arrays."""
+    """Generates a function that returns this pytree with other arrays."""
     code = _Code(is_array)
     result = code.build(tree)
     unpacked = f"{', '.join(code.arrays)}, = arrays" if code.arrays else "pass"
@@ -102,7 +102,7 @@ class _Code:
         return self.objects[name]
 
     def read(self, tree: PyTree, text: str) -> None:
-        """Reads a pytree like this one, which is what the expression `text` gives."""
+        """Reads a pytree like this one, given by the expression `text`."""
         stack = [(tree, text)]
         while stack:
             node, text = stack.pop()
@@ -155,7 +155,7 @@ class _Code:
         return [(child, f"{name}[{i}]") for i, child in enumerate(children)]
 
     def build(self, tree: PyTree) -> str:
-        """Builds a pytree like this one. Returns the name of it."""
+        """Builds a pytree like this one. Returns its name."""
         stack, opened = [tree], []
         while stack:
             node = stack.pop()
@@ -168,7 +168,7 @@ class _Code:
         return built.pop()
 
     def _open(self, node: object) -> tuple[list[Any], Callable[[list[str]], str]]:
-        """The children of a node, and what writes the code for it from their names."""
+        """The children of a node, and a function that writes its code from their names."""
         if node is None or jtu.all_leaves([node]):
             text = "None" if node is None else self._build_leaf(node)
             return [], lambda names: text
@@ -255,7 +255,7 @@ _MOST_UNITS = 16
 
 
 def _find_slots(node: Any) -> tuple[str, str] | None:
-    """Where a Quantity holds its number and its unit, if it holds just these in slots."""
+    """The slots of a Quantity for its mantissa and unit, if it has only these."""
     number, unit = split_unit(node)
     slots = getattr(type(node), "__slots__", ())
     if unit is None or len(slots) != 2 or hasattr(node, "__dict__"):
@@ -267,7 +267,7 @@ def _find_slots(node: Any) -> tuple[str, str] | None:
 
 
 def _list_fields(module: eqx.Module) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
-    """The fields that are flattened, what else counts, and the names of what is not there.
+    """The flattened fields, the other fields that matter, and the names of missing fields.
 
     Beside its fields, only what `eqx.module_update_wrapper` gave a module counts. A cached
     property does not.

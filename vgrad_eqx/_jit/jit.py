@@ -1,4 +1,4 @@
-"""Compiled functions, whose calls cost little more in Python than `jax.jit` of flat arrays."""
+"""Compiled functions whose calls cost little more in Python than `jax.jit` on flat arrays."""
 
 import contextlib
 import dataclasses
@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 _Owner = TypeVar("_Owner")
 
 
-# A partial function, because Python calls one faster than any other object.
+# A `functools.partial`, because Python calls it faster than any other object.
 class Jitted(AtPrompt, ft.partial[_T], Generic[_P, _T]):
     """A function that [`vgrad_eqx.jit`][] has compiled."""
 
@@ -72,7 +72,7 @@ class Jitted(AtPrompt, ft.partial[_T], Generic[_P, _T]):
     ) -> Callable[_Q, _T]: ...
 
     def __reduce__(self) -> Any:
-        return self.__qualname__  # it is found by its name, as functions are
+        return self.__qualname__  # pickled by name, like functions
 
     def __repr__(self) -> str:
         return write_call("jit", vars(self)["__wrapped__"])
@@ -90,45 +90,46 @@ def jit(func: Callable[_P, _T], *, donate: Donate = "none") -> Jitted[_P, _T]: .
 
 
 def jit(func: Callable[..., Any] = MISSING, *, donate: Donate = "none") -> Any:
-    """Compiles a function, whose calls then cost little more than `jax.jit` over flat arrays.
+    """Compiles a function so that a call costs little more than `jax.jit` on flat arrays.
 
-    What `equinox.filter_jit` does, for gradients and for any other function: JAX and NumPy
-    arrays in the arguments are traced, and all else is constant. It writes code for the
-    structure of the arguments and of the results, which fetches the arrays and puts the
-    results together, while `filter_jit` flattens and rebuilds every module. It may also
-    decorate, with options and without: `@vg.jit` above `@vg.vector_grad(...)`, of a method as
-    well.
+    It does the same as `equinox.filter_jit`, for gradients and any other function: JAX and
+    NumPy arrays in the arguments are traced, and everything else is static. Where `filter_jit`
+    flattens and rebuilds every module, it generates code for the structure of the arguments
+    and results, which extracts the arrays and builds the results. It can be used as a
+    decorator, with or without options, also on methods: `@vg.jit` above
+    `@vg.vector_grad(...)`.
 
     **Arguments:**
 
-    - `func`: any function, or a [`vgrad_eqx.GradientTransform`][], which
-        [`vgrad_eqx.vector_grad`][] and its siblings return.
-    - `donate`: which JAX arrays in the arguments are donated, so that their memory is used
-        again, as in `equinox.filter_jit`: those of `"all"` arguments, `"all-except-first"`, or
-        `"none"`. `"all"` also donates those of states by reference. JAX warns of donated
-        arrays that it could not use again only under `"warn"` and `"warn-except-first"`, which
-        donate the same.
+    - `func`: any function, or a [`vgrad_eqx.GradientTransform`][], as returned by
+        [`vgrad_eqx.vector_grad`][] and its siblings.
+    - `donate`: which JAX arrays in the arguments to donate, so that their memory can be reused,
+        as in `equinox.filter_jit`: those of `"all"` arguments, `"all-except-first"`, or
+        `"none"`. `"all"` also donates the arrays of states by reference. `"warn"` and
+        `"warn-except-first"` donate the same arrays as these, and JAX warns if it could not
+        reuse one.
 
     **Returns:**
 
-    A function that takes and returns what `func` does. Another static value, such as a number
-    or a flag, means to compile again. Only a Python float that a gradient is by is traced,
-    too. Arrays in the results are those of JAX. Inside of `jax.jit`, nothing is compiled
-    apart. Without `func`, it returns a decorator.
+    A function with the arguments and results of `func`. It is recompiled for each new static
+    value, such as a number or a flag; the one exception is a Python float to differentiate
+    with respect to, which is traced. Arrays in the results are JAX arrays. Inside `jax.jit`, it
+    becomes part of the outer program. If `func` is omitted, a decorator is returned.
 
-    States by reference that `func` uses are set when the program has ended: all, or none if it
-    fails, unless they are donated. A program that uses any and calls Python back is waited for.
+    States by reference that `func` uses are set when the program has finished: all of them, or
+    none if it fails, unless they are donated. If such a program calls back into Python, the
+    call blocks until it has finished.
 
-    Its `lower(*args, **kwargs)` gives what `jax.jit(...).lower(...)` does, to look at the
-    program, or to `compile()` it for arguments like these.
+    Its method `lower(*args, **kwargs)` lowers the function as `jax.jit(...).lower(...)` does,
+    to inspect the program or to `compile()` it for arguments like these.
 
     **Raises:**
 
-    - `TypeError`: at once, if `func` is not callable; on calling, for a static value that has
-        no hash, since it could change unnoticed.
-    - `ValueError`: at once, for another `donate`; on calling, if a `custom_jvp` or
+    - `TypeError`: at once, if `func` is not callable; on calling, if a static value is not
+        hashable, because it could change unnoticed.
+    - `ValueError`: at once, if `donate` is none of these; on calling, if a `custom_jvp` or
         `custom_vjp` function reads or sets a state by reference.
-    - `RuntimeError`: on calling, if a state that `func` sets was set elsewhere meanwhile.
+    - `RuntimeError`: on calling, if a state that `func` sets was set elsewhere in the meantime.
     - `equinox.EquinoxRuntimeError`: on calling, if an `equinox.error_if` in `func` fails.
 
     **Example:**
@@ -163,7 +164,7 @@ def jit(func: Callable[..., Any] = MISSING, *, donate: Donate = "none") -> Any:
 
 def _compile(func: Callable[..., Any], donate: Donate) -> Any:
     programs = _find_programs(func, donate)
-    # The arrays of the function are arguments as well, or they would be constants.
+    # The arrays of the function are arguments, too; otherwise they would be constants.
     own = split_arrays(func, _is_array).diff
 
     def call(first=MISSING, /, *rest, **kwargs):
@@ -202,7 +203,7 @@ def _lower(
 def _bind(
     func: Callable[..., Any], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Keyword arguments as the first one, other positional ones, and the rest."""
+    """Keyword arguments as the first argument, other positional ones, and the rest."""
     try:
         bound = inspect.signature(func).bind(**kwargs)
     except (TypeError, ValueError):  # the call itself says what is wrong
@@ -212,7 +213,7 @@ def _bind(
 
 
 class _NoProgram:
-    """None that was made yet."""
+    """Stands for the latest program before there is one."""
 
     @staticmethod
     def read(first: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -238,7 +239,7 @@ class _Programs:
         rest: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple["_Program", Arrays]:
-        """A program for these arguments, and what it takes."""
+        """A program for these arguments, and its inputs."""
         if first is MISSING and kwargs:
             first, rest, kwargs = _bind(func, kwargs)
         with self._lock:
@@ -259,10 +260,10 @@ class _Programs:
 
 
 def _find_programs(func: Callable[..., Any], donate: Donate) -> _Programs:
-    """The programs of a function, which are the same if it is passed to `jit` again.
+    """The programs of a function, which are reused if it is passed to `jit` again.
 
-    They serve all modules that differ from it in their arrays only. They hold the Python
-    functions in it weakly, and live as long as the first of them.
+    Modules that differ only in their arrays share them. The programs hold the Python functions
+    in a module weakly, and live as long as the first of these functions.
     """
     rest = split_arrays(expose(func), _is_array).rest
     _refuse_unhashable(rest)
@@ -303,7 +304,7 @@ class _Program:
         kwargs: dict[str, Any],
         numbers: Sequence[Any],
     ):
-        """Of the arguments, `numbers` stand for Python numbers."""
+        """`numbers` are those arguments that stand for Python numbers."""
         trees = args[0], (tuple(args[1:]), kwargs)
         split, other_split = [split_arrays(tree, _is_array) for tree in trees]
         first_rest, other_rest = split.rest, other_split.rest
@@ -330,7 +331,7 @@ class _Program:
                 self._begin()
             return call(*inputs)
 
-        # Under `vmap` and `grad`, which cannot use a donated array again, none is donated.
+        # Nothing is donated under `vmap` and `grad`, which cannot reuse a donated array.
         donated = () if is_any_traced([*split.diff, *other_split.diff]) else _DONATED[donate]
 
         def check(arrays: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -358,14 +359,14 @@ class _Program:
         self._filters = contextlib.ExitStack()
 
     def _start(self, *inputs: Any) -> "_Result":
-        """The first call, before which it is asked what the function does at run time."""
+        """The first call, which first finds out what the function does at run time."""
         if is_evaluating() and _is_disabled(jax.config):
             return self._jitted(*inputs)
         self._learn(inputs)
         return self.compiled(*inputs)
 
     def _begin(self) -> None:
-        """Looks after what JAX does between tracing and the end of a call."""
+        """Marks the current call as traced, and filters warnings until it ends."""
         self.is_traced = True
         if self._donate.startswith("all"):
             self._filters.enter_context(warnings.catch_warnings())
@@ -376,7 +377,7 @@ class _Program:
         self._filters.close()
 
     def finish(self, inputs: Arrays, result: "_Result") -> Any:
-        """Ends a call that was traced, maybe for new shapes."""
+        """Ends a call that was traced, possibly for new shapes."""
         self._end()
         self._learn(inputs)
         return wait(lambda: result) if self._waits else result
@@ -395,7 +396,7 @@ class _Program:
             self._end()
 
     def _learn(self, inputs: Sequence[Any]) -> None:
-        """Traces the function, and finds out how to call it: what it does at run time."""
+        """Traces the function to find out what it does at run time, and so how to call it."""
         known = self.compiled != self._start, len(self._refs), self._waits
         jaxpr = self._jitted.trace(*inputs).jaxpr
         self._refs |= {id(ref): ref for ref in jaxpr.consts if is_concrete_ref(ref)}
@@ -421,9 +422,9 @@ _is_disabled = operator.attrgetter("jax_disable_jit")
 
 
 class _Result(ft.partial):
-    """A function that builds what was returned, applied to its arrays.
+    """A function that builds the result, bound to the arrays in it.
 
-    To JAX it is a pytree of these. No Python runs when it is made.
+    To JAX, it is a pytree of those arrays. No Python runs when it is created.
     """
 
 
@@ -449,21 +450,21 @@ class _Lowered:
 
 
 def _refuse_unhashable(*rests: Rest) -> None:
-    """Refuses static values that could change unnoticed."""
+    """Raises an error for static values that could change unnoticed."""
     for rest in rests:
         for constant in (rest.structure, *rest.constants):
             try:
                 hash(constant)
             except TypeError as error:
                 raise TypeError(
-                    "`jit` compiles again for each static value, so each must have a hash. Got "
-                    f"{show(constant)}. Make its class hashable, say by "
+                    "`jit` recompiles for each static value, so each must be hashable. Got "
+                    f"{show(constant)}. Make its class hashable, for example with "
                     "`@dataclasses.dataclass(frozen=True)`, or pass an array."
                 ) from error
 
 
 def _mark_numbers(func: Callable[..., Any], args: list[Any]) -> list[Any]:
-    """The arguments, with an array for each Python number that a gradient is by."""
+    """The arguments, with an array for each Python number to differentiate with respect to."""
     if not isinstance(func, GradientTransform):
         return args
     argnums: Any = func.argnums

@@ -18,7 +18,7 @@ from .callbacks import wait
 
 
 class MoreStates(Exception):
-    """Arguments of other shapes for which a function uses states that it did not use before."""
+    """Raised when, for arguments of other shapes, a function uses additional states."""
 
 
 class StateProgram:
@@ -80,7 +80,7 @@ class StateProgram:
         leaves = jax.core.eval_jaxpr(jaxpr, consts_with_fresh, *jtu.tree_leaves(inputs))
         pairs = zip(consts, find_written(jaxpr, jaxpr.constvars), strict=True)
         written = {id(const) for const, is_written in pairs if is_written}
-        # A donated array is no longer there, so it is an output, too.
+        # A donated array no longer exists, so it is an output, too.
         kept = [i for i, key in enumerate(ids) if self._is_donated or key in written]
         finals = [fresh[ids[i]][...] for i in kept]
         if jax.device_count() > 1:

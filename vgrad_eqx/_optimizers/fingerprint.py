@@ -1,4 +1,4 @@
-"""Functions that are compared by their contents rather than by their identity."""
+"""Functions that are compared by content rather than by identity."""
 
 import dataclasses
 import functools as ft
@@ -7,11 +7,12 @@ from typing import Any
 
 
 class Fingerprinted:
-    """A value that equals another one made of the same code with the same constants.
+    """A value that equals another one with the same code and the same constants.
 
-    Each call of, say, `optax.adam(1e-3)` makes new functions, and to JAX a static value with
-    other functions is another program. These are equal, so nothing is traced again. A value
-    that has changed since it was made, say a list in a closure, equals itself alone.
+    Each call of, for example, `optax.adam(1e-3)` creates new functions, and JAX recompiles for
+    a static value with other functions. Wrapped in this class, they are equal, so nothing is
+    retraced. A value that has changed since it was wrapped, such as a list in a closure, equals
+    only itself.
     """
 
     def __init__(self, value: Any):
@@ -26,7 +27,7 @@ class Fingerprinted:
             return True
         try:
             return self._print == other._print and all(map(_is_unchanged, (self, other)))
-        except Exception:  # of the `==` of a constant
+        except Exception:  # raised by the `==` of a constant
             return False
 
     def __hash__(self) -> int:
@@ -47,7 +48,7 @@ def _is_unchanged(fingerprinted: Fingerprinted) -> bool:
 
 
 class _Same:
-    """An object that equals itself alone. It is kept alive, so that its `id` is not reused."""
+    """An object that equals only itself. It is kept alive, so that its `id` is not reused."""
 
     def __init__(self, value: Any):
         self._value = value
@@ -60,7 +61,7 @@ class _Same:
 
 
 def _fingerprint(value: object, seen: dict[int, int]) -> Any:
-    """What tells a value apart, as something that can be hashed."""
+    """A hashable description of a value, equal for values with equal content."""
     if id(value) in seen:  # a function that refers to itself
         return "seen", seen[id(value)]
     parts = _take_apart(value)

@@ -18,7 +18,7 @@ _Injected = optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState
 
 
 def read_hyperparams(opt_state: PyTree) -> dict[str, Any]:
-    """All of them by name; those of groups are in a dict for each label."""
+    """All hyperparameters by name; with groups, in one dict for each label."""
     found: dict[str, Any] = {}
 
     def note(label: str | None, node: Any) -> Any:
@@ -32,10 +32,10 @@ def read_hyperparams(opt_state: PyTree) -> dict[str, Any]:
 def write_hyperparams(
     opt_state: PyTree, group: str | None, values: Mapping[str, Any], caller: str
 ) -> Any:
-    """A state with other values, in the shapes and dtypes of the old ones."""
+    """A state with other values, in the shapes and dtypes of the old values."""
     if group is not None and not isinstance(group, str):
         raise TypeError(
-            f"`{caller}` must be of one group, by its label, or of all. Got {show(group)}. "
+            f"`{caller}` must name one group by its label, or none for all. Got {show(group)}. "
             "Pass values by name, as in `set_hyperparams(learning_rate=1e-4)`."
         )
     written: set[str] = set()
@@ -85,7 +85,7 @@ def _like(value: object, old: PyTree, where: str) -> Any:
 
 
 def _walk(node: object, label: str | None, change: Callable[[str | None, Any], Any]) -> Any:
-    """The state, in which each node with hyperparameters is what `change` makes of it."""
+    """The state with `change` applied to each node that has hyperparameters."""
 
     def visit(node: Any) -> Any:
         if isinstance(node, GroupStates):

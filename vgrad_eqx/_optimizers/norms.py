@@ -1,4 +1,4 @@
-"""The norms of gradients, by path, and a picture of them."""
+"""The norms of gradients, by path, and a plot of them."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +28,12 @@ def grad_norms(var_grads: PyTree) -> dict[str, Any]:
 
     **Returns:**
 
-    A flat dict `{path: norm}` of real scalars, in the unit of the gradient. They are computed
-    in float32 at least, so that the squares of small dtypes do not overflow. It works under
-    `jax.jit`.
+    A flat dict `{path: norm}` of real scalars, in the unit of the gradient. Norms are computed
+    in float32 at least, so that squares do not overflow in small dtypes. Works under `jax.jit`.
 
     **Raises:**
 
-    - `ValueError`: if there is no inexact array in `var_grads`, or two have one dotted path.
+    - `ValueError`: if `var_grads` has no inexact array, or two with the same dotted path.
 
     **Example:**
 
@@ -62,19 +61,19 @@ def _norm(grad: object) -> Any:
 
 
 def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: "Axes | None" = None) -> "Axes":
-    """Draws norms of gradients as a heat map of path against step, on a log scale.
+    """Plots the norms of gradients as a heat map of path against step, on a log scale.
 
-    A layer whose gradients vanish is dark, one whose gradients explode is bright. Norms of
-    exactly zero are blue, those that are not finite are red, and steps in which a path was
-    not trained are left blank. Paths are in natural order, `layers.2` before `layers.10`; of
-    more than 64, only some have a label. It needs matplotlib, which
-    `pip install "vgrad_eqx[plot]"` brings.
+    A layer whose gradients vanish is dark, and a layer whose gradients explode is bright. Norms
+    that are exactly zero are blue, norms that are not finite are red, and steps in which a path
+    was not trained are blank. Paths are in natural order, `layers.2` before `layers.10`. If
+    there are more than 64 paths, only some are labelled. Requires matplotlib, which is
+    installed by `pip install "vgrad_eqx[plot]"`.
 
     **Arguments:**
 
-    - `history`: a list, or any iterable, of what [`vgrad_eqx.grad_norms`][] returns, one for
-        each step; or for several steps, with a first axis, as [`vgrad_eqx.train_step`][]
-        stacks them.
+    - `history`: a list, or any iterable, of dicts as returned by [`vgrad_eqx.grad_norms`][].
+        Each holds the norms of one step or, with a leading axis, of several steps, as stacked
+        by [`vgrad_eqx.train_step`][].
     - `ax`: the `matplotlib.axes.Axes` to draw into. Defaults to those of a new figure.
 
     **Returns:**
@@ -83,9 +82,9 @@ def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: "Axes | None" = No
 
     **Raises:**
 
-    - `ImportError`: without matplotlib.
-    - `TypeError`: if `history` is no list of dicts of norms.
-    - `ValueError`: if `history` is empty, or a norm is no scalar or vector.
+    - `ImportError`: if matplotlib is not installed.
+    - `TypeError`: if `history` is not a list of dicts of norms.
+    - `ValueError`: if `history` is empty, or a norm is neither a scalar nor a vector.
 
     **Example:**
 
@@ -102,7 +101,7 @@ def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: "Axes | None" = No
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            '`plot_grad_norms` needs matplotlib. Install it by `pip install "vgrad_eqx[plot]"`.'
+            '`plot_grad_norms` needs matplotlib. Run `pip install "vgrad_eqx[plot]"`.'
         ) from error
     paths, norms, given = _arrange(history)
     if ax is None:
@@ -125,12 +124,12 @@ def plot_grad_norms(history: Iterable[Mapping[str, Any]], ax: "Axes | None" = No
     return ax
 
 
-# With more rows, only some have a label, or a picture of 1 000 leaves would be six meters high.
+# With more rows, only some are labelled, or a plot of 1 000 leaves would be six meters high.
 _MOST_LABELS = 64
 
 
 def _parse_history(history: Any) -> list[Mapping[str, Any]]:
-    """The steps, also those of an iterator."""
+    """The steps as a list, also from an iterator."""
     caller = "`plot_grad_norms(history=...)`"
     is_steps = isinstance(history, Iterable) and not isinstance(history, Mapping | str)
     steps: list[Any] = list(history) if is_steps else [None]
@@ -139,7 +138,7 @@ def _parse_history(history: Any) -> list[Mapping[str, Any]]:
             given = f"{show(step)} in it" if is_steps else show(history)
             raise TypeError(
                 f"{caller} must be a list of dicts from path to norm, one for each step, as "
-                f"`vg.grad_norms` gives them. Got {given}. Of a single step, pass `[norms]`."
+                f"`vg.grad_norms` gives them. Got {given}. For a single step, pass `[norms]`."
             )
         for path, norm in step.items():
             number = split_unit(norm)[0]
@@ -154,13 +153,13 @@ def _parse_history(history: Any) -> list[Mapping[str, Any]]:
 
 
 def _split_numbers(path: str) -> list[Any]:
-    """A key by which `layers.2` comes before `layers.10`."""
+    """A sort key that puts `layers.2` before `layers.10`."""
     parts = re.split(r"([0-9]+)", path)
     return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def _arrange(history: Sequence[Mapping[str, Any]]) -> tuple[list[str], Any, Any]:
-    """The paths, the norm of each at each step, and whether there was one."""
+    """The paths, the norm at each path and step, and whether there is one."""
     paths = sorted({path for entry in history for path in entry}, key=_split_numbers)
     columns = []
     for entry in history:

@@ -42,24 +42,24 @@ _O = TypeVar("_O", bound="Optimizer")
 class Optimizer(AtPrompt, eqx.Module):
     """An optax transformation that updates the chosen leaves of a module.
 
-    It is immutable, and a pytree that holds the state of the transformation, so it passes
-    through `jax.jit`, `equinox.filter_jit` and `jax.lax.scan`. What is not chosen is frozen:
-    it has no optimizer state, and does not decay. Two optimizers that are made alike, say by
-    `optax.adam(1e-3)` both, are one program to JAX.
+    It is immutable, and a pytree that contains the state of the transformation, so it passes
+    through `jax.jit`, `equinox.filter_jit` and `jax.lax.scan`. Leaves that are not chosen are
+    frozen: they have no optimizer state and no weight decay. Two optimizers with equal
+    transformations, such as two calls of `optax.adam(1e-3)`, share their compiled programs.
 
     **Arguments:**
 
     - `tx`: an optax transformation, or a dict from selector to transformation, one for each
         group of leaves. For leaves with units, it is one of [`vgrad_eqx.unitful`][].
     - `model`: any pytree, such as an Equinox module.
-    - `selector`: which of its leaves are updated, as in [`vgrad_eqx.states`][]. Defaults to
-        all inexact arrays. With groups, each of these leaves must be in one of them.
+    - `selector`: which of its leaves to update, as in [`vgrad_eqx.states`][]. Defaults to
+        all inexact arrays. With groups, each of these leaves must be in exactly one group.
 
     **Returns:**
 
-    An optimizer. It has the `opt_state` of optax (with groups, a dict from the text of the
-    selector to the state of its group), the `count` of its steps, an `int32` scalar, the
-    `hyperparams` that `optax.inject_hyperparams` keeps, and the methods `step`, `params`,
+    An optimizer. It has the optax `opt_state` (with groups, a dict from the text of the
+    selector to the state of its group); the `count` of steps, an `int32` scalar; the
+    `hyperparams` kept by `optax.inject_hyperparams`; and the methods `step`, `params`,
     `reselect` and `set_hyperparams`.
 
     **Raises:**
@@ -113,11 +113,11 @@ class Optimizer(AtPrompt, eqx.Module):
 
     @property
     def entries(self) -> list[Entry]:
-        """The leaves of the `opt_state`, and what they belong to."""
+        """The leaves of the `opt_state`, with the parameters that they belong to."""
         return list(locate(self.opt_state, self.names))
 
     def params(self, model: PyTree) -> dict[str, Any]:
-        """The leaves of a module that are updated, by their path."""
+        """Returns the leaves of a module that are updated, as a dict `{path: leaf}`."""
         flat = FlatTree(model)
         indices = _find(flat, self.names)
         return {name: flat.leaves[i] for i, name in zip(indices, self.names, strict=True)}
@@ -129,14 +129,14 @@ class Optimizer(AtPrompt, eqx.Module):
 
         **Arguments:**
 
-        - `model`: a pytree of the structure of that which the optimizer was made for.
-        - `var_grads`: a dict `{path: gradient}` of exactly the chosen leaves, each of the
-            shape of its leaf, as [`vgrad_eqx.vector_grad`][] gives it. A complex gradient
-            follows JAX's convention, and the step is along its conjugate.
-        - `extra_args`: what the transformation takes besides, such as `value`, `grad` (a
-            dict like `var_grads`) and `value_fn` of the line searches of optax. Each function
-            whose name ends with `_fn` is one of the model, and `grad_fn` returns a dict like
-            `var_grads`. What the transformation does not take is ignored.
+        - `model`: a pytree with the structure of the one that the optimizer was made for.
+        - `var_grads`: a dict `{path: gradient}` with exactly the chosen leaves, as returned by
+            [`vgrad_eqx.vector_grad`][]. Each gradient has the shape of its leaf. A complex
+            gradient follows JAX's convention, and the step is along its conjugate.
+        - `extra_args`: extra arguments of the transformation, such as `value`, `grad` (a
+            dict like `var_grads`) and `value_fn` for the line searches of optax. A function
+            whose name ends with `_fn` must take the model, and `grad_fn` must return a dict
+            like `var_grads`. Arguments that the transformation does not accept are ignored.
 
         **Returns:**
 
@@ -144,9 +144,9 @@ class Optimizer(AtPrompt, eqx.Module):
 
         **Raises:**
 
-        - `TypeError`: if `var_grads` is no dict.
-        - `ValueError`: for a gradient that is missing, `None`, at an unknown path, or of
-            another shape than its leaf; for an `opt_state` of another selection; if `model`
+        - `TypeError`: if `var_grads` is not a dict.
+        - `ValueError`: if a gradient is missing, is `None`, has an unknown path, or differs
+            from its leaf in shape; if `opt_state` belongs to another selection; if `model`
             lacks a leaf. Nothing is updated then.
         - `brainunit.UnitMismatchError`: as [`vgrad_eqx.unitful`][].
         """
@@ -155,14 +155,14 @@ class Optimizer(AtPrompt, eqx.Module):
     def reselect(
         self, model: PyTree, selector: SelectorLike = True, tx: TxLike | None = None
     ) -> "Optimizer":
-        """Changes what is trained, and keeps what is known of the leaves that stay.
+        """Changes which leaves are trained, and keeps the optimizer state of those that stay.
 
         **Arguments:**
 
-        - `model`: the pytree as it is now.
-        - `selector`: which of its leaves are updated from now on. Defaults to all.
-        - `tx`: another transformation or other groups. Defaults to those of now, of which
-            the selectors of the groups are asked again.
+        - `model`: the current pytree.
+        - `selector`: which of its leaves to update from now on. Defaults to all.
+        - `tx`: a new transformation or new groups. Defaults to the current ones; the selectors
+            of the groups are then applied again.
 
         **Returns:**
 
@@ -188,34 +188,36 @@ class Optimizer(AtPrompt, eqx.Module):
 
     @property
     def hyperparams(self) -> dict[str, Any]:
-        """The hyperparameters that `optax.inject_hyperparams` keeps, by name.
+        """The hyperparameters kept by `optax.inject_hyperparams`, by name.
 
-        Those of groups are in a dict for each, by its label.
+        With groups, there is one dict of them for each group, by the label of the group.
         """
         return read_hyperparams(self.opt_state)
 
     def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> Self:
-        """Changes hyperparameters that `optax.inject_hyperparams` keeps.
+        """Changes hyperparameters kept by `optax.inject_hyperparams`.
 
         **Arguments:**
 
-        - `group`: the label of the only group to change. Defaults to all that have them.
+        - `group`: the label of the group to change. Defaults to all groups that have these
+            hyperparameters.
         - `values`: the new values by name, such as `learning_rate=1e-4`.
 
         **Returns:**
 
-        An optimizer with these values, in the dtypes of the old ones. Nothing is traced again.
+        An optimizer with these values, cast to the dtypes of the old ones. Nothing is retraced.
 
         **Raises:**
 
-        - `ValueError`: for a hyperparameter that is not there, or that follows a schedule.
+        - `ValueError`: if a hyperparameter does not exist, or follows a schedule.
         """
         caller = "set_hyperparams(...)"
         opt_state = write_hyperparams(self.opt_state, group, values, caller)
         return _replace(self, opt_state, self.count)
 
 
-# A function, as are all that a step calls, because Equinox wraps a method at each access.
+# A function rather than a method, because Equinox wraps a method at each access. So is
+# everything else that a step calls.
 def advance(
     opt: _O, model: _T, var_grads: object, extra_args: dict[str, Any], caller: str
 ) -> tuple[_T, _O]:
@@ -278,21 +280,21 @@ def _check_state(
         ) from error
 
 
-# Where the count stays, rather than to overflow.
+# The count stays here instead of overflowing.
 _MOST_STEPS = jnp.iinfo(jnp.int32).max
 
 
 def check_structure(old: Optimizer, new: Optimizer, caller: str, instead: str) -> None:
-    """Refuses the next optimizer where each must be of one structure."""
+    """Raises an error if the next optimizer has another structure, where it must not."""
     if jtu.tree_structure(old) != jtu.tree_structure(new):
         raise ValueError(
             f"`{caller}(tx=...)` must be a transformation whose state keeps its structure. Got "
-            f"one whose first step changes it, as that of `optax.monitor`. {instead}"
+            f"one whose first step changes it, as `optax.monitor` does. {instead}"
         )
 
 
 def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
-    """The places of the leaves of these names."""
+    """The indices of the leaves with these names."""
     places = {flat.names[i]: i for i in flat.differentiable}
     for name in names:
         if name not in places:

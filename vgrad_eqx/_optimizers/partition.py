@@ -20,13 +20,13 @@ from .._tree.types import PyTree
 # An optax transformation, or one for each selector.
 TxLike: TypeAlias = optax.GradientTransformation | Mapping[Any, optax.GradientTransformation]
 
-# For each group its label, and the paths of its parameters.
+# For each group, its label and the paths of its parameters.
 Groups = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @jtu.register_pytree_with_keys_class
 class GroupStates(dict[str, Any]):
-    """The optax state of each group, by its label. What belongs to which is static."""
+    """The optax state of each group, by its label. The paths of each group are static."""
 
     def __init__(self, groups: Groups, states: Sequence[Any]):
         super().__init__(zip([label for label, _ in groups], states, strict=True))
@@ -43,7 +43,7 @@ class GroupStates(dict[str, Any]):
 def partition(
     groups: Mapping[Any, optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates each group of the parameters in a flat dict by a transformation of its own.
+    """Updates each group of the parameters in a flat dict with its own transformation.
 
     It is an optax transformation as any other, so what is before it in an `optax.chain` sees
     the gradients of all groups. [`vgrad_eqx.Optimizer`][] takes a dict as short for it. For
@@ -51,9 +51,9 @@ def partition(
 
     **Arguments:**
 
-    - `groups`: a dict from selector to transformation. The selectors are asked about the flat
-        dict `{path: leaf}` of the parameters, as [`vgrad_eqx.states`][] gives it. Each
-        parameter must be in one group.
+    - `groups`: a dict from selector to transformation. The selectors are applied to the flat
+        dict `{path: leaf}` of the parameters, as returned by [`vgrad_eqx.states`][]. Each
+        parameter must be in exactly one group.
 
     **Returns:**
 
@@ -63,9 +63,9 @@ def partition(
     **Raises:**
 
     - `TypeError`: at once, if a group has no optax transformation; on `init`, if the
-        parameters are no dict.
-    - `ValueError`: at once, without a group; on `init`, if a parameter is in no group or in
-        two, or a group has none.
+        parameters are not a dict.
+    - `ValueError`: at once, if there is no group; on `init`, if a parameter is in no group or
+        in two, or a group has no parameter.
 
     **Example:**
 
@@ -129,7 +129,7 @@ def make_partition(
 
 
 def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
-    """A transformation that takes any extra arguments, and ignores those it has no use for."""
+    """A transformation that takes any extra arguments, and ignores those it does not accept."""
     tx = optax.with_extra_args_support(tx)
 
     def update(
@@ -139,14 +139,14 @@ def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
             try:
                 return tx.update(updates, state, params, **extra_args)
             except TypeError as error:
-                # Only a call tells what those inside of an `optax.chain` take.
+                # Only a call shows what the transformations in an `optax.chain` accept.
                 refused = extra_args.keys() & _find_refused(error)
                 if not refused:
                     if "required keyword-only argument" in str(error):
                         error.add_note(
-                            "The transformation takes extra arguments: pass them by "
+                            "The transformation takes extra arguments. Pass them as in "
                             "`opt.step(model, var_grads, value=value, grad=var_grads, ...)`. "
-                            "`vg.train_step` passes these and `value_fn` by itself."
+                            "`vg.train_step` passes these and `value_fn` automatically."
                         )
                     raise
                 for name in refused:
@@ -156,7 +156,7 @@ def take_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _find_refused(error: TypeError) -> set[str]:
-    """The keyword arguments that a function, or a line search of optax, does not take."""
+    """The keyword arguments that a function or an optax line search does not take."""
     known = r"got an unexpected keyword argument ('.*?')|not consumed by .*?: (\[.*?\])"
     found = re.search(known, str(error))
     return set() if found is None else set(re.findall(r"'(\w+)'", found[0]))
@@ -167,7 +167,7 @@ def _pick(names: Sequence[str], by_path: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _narrow(extra_args: dict[str, Any], names: Sequence[str], params: PyTree) -> dict[str, Any]:
-    """The extra arguments of `update`, for the parameters of one group."""
+    """The extra arguments of `update`, translated to the parameters of one group."""
     return map_extra_args(
         extra_args, lambda part: {**params, **part}, lambda grads: _pick(names, grads)
     )
@@ -179,11 +179,11 @@ def map_extra_args(
     map_grads: Callable[[Any], Any],
     map_value: Callable[[Any], Any] = lambda value: value,
 ) -> dict[str, Any]:
-    """The extra arguments of `update`, for other parameters.
+    """The extra arguments of `update`, translated to other parameters.
 
-    Functions, which optax calls `value_fn`, `obj_fn`, `grad_fn` and the like, are of the
-    parameters that `prepare` makes of the new ones. Gradients and values are mapped, also those
-    that such functions return.
+    Functions, which optax calls `value_fn`, `obj_fn`, `grad_fn` and so on, are applied to what
+    `prepare` makes of the new parameters. Gradients and values are mapped, including those that
+    such functions return.
     """
     mapped = dict(extra_args)
     for name, each in extra_args.items():
@@ -217,13 +217,13 @@ def assign(txs: Mapping[Any, Any], flat: FlatTree, chosen: Selection, caller: st
         if not names:
             raise ValueError(
                 f"`{caller}` must give a leaf to each group. Got none for {label!r}, because "
-                "`selector` chooses no leaf of it. Leave the group out, or choose more."
+                "`selector` chooses none of its leaves. Remove the group, or choose more."
             )
         for name in names:
             if name in homes:
                 raise ValueError(
                     f"`{caller}` must put each chosen leaf into one group. Got `{name}` in "
-                    f"two: {homes[name]!r} and {label!r}. Narrow one of them, say by "
+                    f"two: {homes[name]!r} and {label!r}. Narrow one of them, for example to "
                     "`a & ~b`."
                 )
             homes[name] = label
@@ -232,7 +232,7 @@ def assign(txs: Mapping[Any, Any], flat: FlatTree, chosen: Selection, caller: st
     if homeless:
         raise ValueError(
             f"`{caller}` must put each chosen leaf into one group. Got {', '.join(homeless)} "
-            "in none. Add a group, or freeze what is in none by a narrower `selector`."
+            "in none. Add a group, or freeze these leaves with a narrower `selector`."
         )
     return tuple(groups)
 
@@ -246,7 +246,7 @@ def _make_labels(selectors: list[Any]) -> list[str]:
 
 
 def check_tx(tx: Any, caller: str) -> None:
-    """Refuses what is no optax transformation, and no dict of them."""
+    """Raises an error unless `tx` is an optax transformation or a dict of them."""
     if isinstance(tx, dict) and not tx:
         raise ValueError(f"`{caller}` must have at least one group. Got {{}}.")
     for each in tx.values() if isinstance(tx, dict) else [tx]:
@@ -259,22 +259,22 @@ def check_tx(tx: Any, caller: str) -> None:
 
 
 def keep_dtypes(old: PyTree, new: PyTree) -> Any:
-    """The next state of a transformation, in the dtypes that the old one has.
+    """The next state of a transformation, in the dtypes of the old one.
 
-    Some of optax change them, or start with weak types and go on with others, so that a
-    compiled step would be traced again.
+    Some optax transformations change dtypes, or start with weak types and continue with strong
+    ones, so a compiled step would be retraced.
     """
     if jtu.tree_structure(old) != jtu.tree_structure(new):
         return new
 
     def keep(x: Any, like: Any) -> Any:
-        is_alike = jax.typeof(x) == jax.typeof(like)  # quicker than to ask for dtypes
+        is_alike = jax.typeof(x) == jax.typeof(like)  # faster than comparing dtypes
         return x if is_alike else cast(x, jnp.result_type(like))
 
     return jtu.tree_map(keep, new, old)
 
 
 def strengthen(opt_state: PyTree) -> Any:
-    """A first state, as arrays of dtypes that promotion keeps."""
+    """An initial state whose arrays have strong types."""
     is_array = eqx.is_array_like
     return jtu.tree_map(lambda x: cast(x, jnp.result_type(x)) if is_array(x) else x, opt_state)

@@ -1,4 +1,4 @@
-"""The twin of the optimizer of modules, for states by reference."""
+"""The counterpart of `Optimizer` for states by reference."""
 
 import functools as ft
 from collections.abc import Callable
@@ -26,27 +26,27 @@ from .partition import check_tx, map_extra_args, TxLike
 class StateOptimizer(AtPrompt, eqx.Module):
     """An optax transformation that updates states by reference, in place.
 
-    The twin of [`vgrad_eqx.Optimizer`][]. It keeps the state of the transformation in a
-    [`vgrad_eqx.State`][], so its steps may be taken in compiled functions, which close over it.
+    The counterpart of [`vgrad_eqx.Optimizer`][]. It keeps the state of the transformation in a
+    [`vgrad_eqx.State`][], so compiled functions can close over it and take steps.
 
     **Arguments:**
 
-    - `tx`: as in [`vgrad_eqx.Optimizer`][]. The selectors of groups are asked about the names
-        of the states, such as `"layers.*.weight"`, in the dict that `vg.states` gives.
-    - `states`: a [`vgrad_eqx.State`][] or `jax.Ref`, or a pytree of them: what the
-        `grad_states` of [`vgrad_eqx.vector_grad`][] is.
+    - `tx`: as in [`vgrad_eqx.Optimizer`][]. The selectors of groups are applied to the paths of
+        the states in `states`, such as `"layers.*.weight"` in a dict returned by
+        [`vgrad_eqx.states`][].
+    - `states`: a [`vgrad_eqx.State`][] or `jax.Ref`, or a pytree of them, as passed to
+        `grad_states` of [`vgrad_eqx.vector_grad`][].
 
     **Returns:**
 
-    An optimizer. It has the `opt_state` of optax, the `count` of its steps, the `hyperparams`
-    that `optax.inject_hyperparams` keeps, and the methods `step`, `params` and
-    `set_hyperparams`.
+    An optimizer. It has the optax `opt_state`, the `count` of steps, the `hyperparams` kept by
+    `optax.inject_hyperparams`, and the methods `step`, `params` and `set_hyperparams`.
 
     **Raises:**
 
-    - `TypeError`: if `states` is none, or one in it holds no inexact array; and as
+    - `TypeError`: if `states` has no state, or one that contains no inexact array; and as
         [`vgrad_eqx.Optimizer`][].
-    - `ValueError`: if two states have one name; and as [`vgrad_eqx.Optimizer`][].
+    - `ValueError`: if two states have the same path; and as [`vgrad_eqx.Optimizer`][].
 
     **Example:**
 
@@ -105,15 +105,15 @@ class StateOptimizer(AtPrompt, eqx.Module):
 
     @property
     def hyperparams(self) -> dict[str, Any]:
-        """As [`vgrad_eqx.Optimizer`][] has them."""
+        """As in [`vgrad_eqx.Optimizer`][]."""
         return self.memory.value.hyperparams
 
     def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> None:
-        """Changes hyperparameters in place, as [`vgrad_eqx.Optimizer`][] does for a new one."""
+        """Changes hyperparameters in place, with the arguments of [`vgrad_eqx.Optimizer`][]."""
         self.memory.value = self.memory.value.set_hyperparams(group, **values)
 
     def params(self) -> dict[str, Any]:
-        """The arrays that are updated, by the names of their states."""
+        """Returns the arrays that are updated, by the paths of their states."""
         values = self.find_values()
         return dict(zip(values.names, values.params, strict=True))
 
@@ -122,16 +122,16 @@ class StateOptimizer(AtPrompt, eqx.Module):
 
         **Arguments:**
 
-        - `var_grads`: the gradients in the structure of `states`, as
-            [`vgrad_eqx.vector_grad`][] gives them.
-        - `extra_args`: what the transformation takes besides, as in
-            [`vgrad_eqx.Optimizer`][]. `grad` is like `var_grads`, and so is what `grad_fn`
-            returns. Each function closes over the states, so `value_fn` takes no argument.
+        - `var_grads`: the gradients, with the structure of `states`, as returned by
+            [`vgrad_eqx.vector_grad`][].
+        - `extra_args`: extra arguments of the transformation, as in [`vgrad_eqx.Optimizer`][].
+            `grad` and the result of `grad_fn` have the structure of `var_grads`. Functions
+            close over the states, so `value_fn` takes no argument.
 
         **Raises:**
 
-        - `ValueError`: if `var_grads` has another structure than `states`, or a gradient
-            another shape than its state. Nothing is updated then.
+        - `ValueError`: if `var_grads` differs from `states` in structure, or a gradient from
+            its state in shape. Nothing is updated then.
         """
         caller = "StateOptimizer.step"
         values = self.find_values()
@@ -173,7 +173,7 @@ class StateOptimizer(AtPrompt, eqx.Module):
 
 
 def _over_params(value_fn: Callable[..., Any], values: StateValues) -> Callable[..., Any]:
-    """The function of the values in the states, by name, instead of the states."""
+    """Turns a function that closes over states into a function of their values, by name."""
 
     @ft.wraps(value_fn)  # optax reads the names of its arguments
     def evaluate(params: dict[str, Any], *args: object, **kwargs: object) -> Any:

@@ -1,4 +1,4 @@
-"""Any optax transformation for parameters with units."""
+"""Optax transformations for parameters with units."""
 
 import contextlib
 import contextvars
@@ -55,7 +55,7 @@ class Scale(NamedTuple):
 
 
 class _Units(eqx.Module):
-    """The units in which parameters are written, which belong to the structure."""
+    """The units of the parameters, which are part of the tree structure."""
 
     by_path: tuple[tuple[str, Any], ...] = eqx.field(static=True)
     scale_by_path: tuple[tuple[str, Scale], ...] = eqx.field(static=True)
@@ -66,7 +66,7 @@ class _Units(eqx.Module):
 
 
 class UnitfulState(NamedTuple):
-    """The state of [`vgrad_eqx.unitful`][]: that of the optimizer inside, and units."""
+    """The state of [`vgrad_eqx.unitful`][]: the inner state, and the units."""
 
     inner_state: Any
     units: _Units
@@ -89,16 +89,16 @@ def unitful(
 
     - `tx`: the transformation.
     - `loss_unit`: the unit of the loss, such as `brainunit.mvolt**2`. Defaults to none.
-    - `scale`: a dict `{path: scale}`, of what is a typical size of the parameters at that
-        path, which may be a glob: a Quantity of their dimension, or a number for those without
-        a unit. Where several match, that of the very path of the parameter counts. It may
-        name more of the model than is optimized. Defaults to one of the unit in which the
-        parameter is written, and then the fit does depend on that unit.
+    - `scale`: a dict `{path: scale}`. The path may be a glob, and the scale is a typical size
+        of the parameters at that path: a Quantity with their dimension, or a number for
+        parameters without a unit. If several paths match a parameter, its exact path takes
+        precedence. The dict may name leaves of the model that are not optimized. The default
+        scale is one in the unit of the parameter, and then the fit does depend on that unit.
 
     **Returns:**
 
     An `optax.GradientTransformationExtraArgs`. Its `update` takes gradients with units, as
-    `vector_grad(..., unit_aware=True)` gives them, and returns updates in the unit of each
+    returned by `vector_grad(..., unit_aware=True)`, and returns updates in the unit of each
     parameter, for [`vgrad_eqx.apply_updates`][]. It converts the extra arguments `value`,
     `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes others
     on. All units are checked while it is traced, which leaves nothing in the compiled program.
@@ -107,15 +107,15 @@ def unitful(
 
     **Raises:**
 
-    - `TypeError`: if `tx` is no optax transformation, `loss_unit` no unit, or `scale` no dict
-        of numbers and Quantities.
-    - `ValueError`: for a scale that is not positive, or a malformed glob; on `init`, for a path
-        that matches nothing in the whole model, for two that match one parameter, or for a
-        scale that is neither a number nor of the shape of its parameter; on `update`, for a
-        gradient or a parameter at a path that was not there on `init`.
-    - `brainunit.UnitMismatchError`: on `init`, for a scale of another dimension than its
-        parameter; on `update`, for a gradient that is not in the unit of the loss over that
-        of the parameter, or a parameter whose unit is another one than on `init`.
+    - `TypeError`: if `tx` is not an optax transformation, `loss_unit` is not a unit, or `scale`
+        is not a dict of numbers and Quantities.
+    - `ValueError`: if a scale is not positive, or a glob is malformed; on `init`, if a path
+        matches nothing in the whole model, if two match the same parameter, or if a scale is
+        neither a scalar nor has the shape of its parameter; on `update`, if a gradient or a
+        parameter has a path that was not there on `init`.
+    - `brainunit.UnitMismatchError`: on `init`, if a scale and its parameter have different
+        dimensions; on `update`, if a gradient is not in the unit of the loss divided by that
+        of the parameter, or a parameter has another unit than on `init`.
 
     **Example:**
 
@@ -165,13 +165,13 @@ def unitful(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# The tree of which an optimizer passes only some leaves to `init`.
+# The whole tree, when an optimizer passes only some of its leaves to `init`.
 _whole: contextvars.ContextVar[FlatTree | None] = contextvars.ContextVar("whole", default=None)
 
 
 @contextlib.contextmanager
 def naming_leaves_of(flat: FlatTree) -> Iterator[None]:
-    """Within it, a scale may be that of any leaf of this tree."""
+    """In this context, a scale may name any leaf of this tree."""
     token = _whole.set(flat)
     try:
         yield
@@ -214,7 +214,7 @@ def _parse_scale(scale: object) -> dict[str, tuple[Any, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Scaling:
-    """The way from quantities to pure numbers and back. Units are given by path."""
+    """Converts quantities to dimensionless arrays and back. Units are given by path."""
 
     loss_unit: Unit
     scale: dict[str, tuple[Any, Any]]
@@ -252,7 +252,7 @@ class _Scaling:
         if len(found) > 1:
             raise ValueError(
                 f"`unitful(scale=...)` must give one scale to {quote(name)}. Got two, at "
-                f"{quote(found[0])} and {quote(found[1])}. Name the path itself."
+                f"{quote(found[0])} and {quote(found[1])}. Use the exact path as a key."
             )
         return found[0] if found else None
 
@@ -289,7 +289,7 @@ class _Scaling:
         return _map(grow, tree)
 
     def shrink_extra_args(self, extra_args: dict[str, Any], units: dict[str, Any]) -> Any:
-        """Values, gradients and functions of the parameters in pure numbers."""
+        """Values, gradients and functions of the parameters, without units."""
         grow, shrink_grads = [
             ft.partial(f, units=units) for f in (self.grow, self.shrink_grads)
         ]
@@ -361,8 +361,8 @@ def _map(func: Callable[[str, Any], Any], tree: PyTree) -> Any:
 def _find_unit(name: str, units: dict[str, Any]) -> Any:
     if name not in units:
         raise ValueError(
-            "`unitful(...)` needs gradients and parameters of the structure that the "
-            f"parameters had on `init`. Got one at {quote(name)}, beside "
+            "`unitful(...)` needs gradients and parameters with the structure that the "
+            f"parameters had on `init`. Got one at {quote(name)}, which is not among "
             f"{shorten(list(map(quote, units)))}."
         )
     return units[name]
@@ -377,14 +377,14 @@ def _explain(name: str, unit: Unit, param_unit: Unit) -> str:
         return f"{text}one without a unit. Differentiate with `unit_aware=True`"
     if find_factor(unit, param_unit) is not None:
         return (
-            f"{text}one in the unit of the parameter, as `jax.grad` makes it. Differentiate by "
+            f"{text}one in the unit of the parameter, as from `jax.grad`. Differentiate with "
             "`vg.vector_grad(..., unit_aware=True)`"
         )
     return f"{text}another one. Check `loss_unit`"
 
 
 def _multiply(number: ArrayLike, factor: Any) -> Any:
-    """The product, in the dtype of the number. Nothing is done for a factor of one."""
+    """The product, in the dtype of the number. For a factor of one, the number itself."""
     return _apply(operator.mul, number, factor)
 
 

@@ -1,4 +1,4 @@
-"""Equations with jaxprs in them, such as loops, over values instead of references."""
+"""Equations that contain jaxprs, such as loops, over values instead of references."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,17 +11,17 @@ from .._tree.flat import replace_at
 from .._tree.types import PyTree
 
 
-# Takes the values of all references and the other inputs, with `None` in the places of the
-# references. Returns the outputs, and the values of the references that are written.
+# Takes the values of all references and the other inputs, with `None` in place of references.
+# Returns the outputs, and the values of the references that are written.
 Pure = Callable[[Sequence[Any], Sequence[Any]], tuple[list[Any], list[Any]]]
 
 
-# Which reference each input is, or `None` for another input.
+# The index of the reference that each input is, or `None` for other inputs.
 Slots = tuple[int | None, ...]
 
 
 class NestedEquation(NamedTuple):
-    """An equation of which some inputs are references."""
+    """An equation some of whose inputs are references."""
 
     params: dict[str, Any]
     slots: Slots
@@ -110,8 +110,8 @@ _rules = {jit_p: _call, remat_p: _checkpoint, cond_p: _switch, scan_p: _scan, wh
 
 
 def find_rule(eqn: JaxprEqn, slots: Slots) -> Any:
-    """The way to evaluate an equation with values, or `None` if it needs references."""
-    # What a scan carries or goes through has to be a reference if it is one.
+    """A function that evaluates an equation with values, or `None` if it needs references."""
+    # A reference in the carry or the scanned inputs of a scan must stay a reference.
     if eqn.primitive is scan_p:
         num_consts, _ = _count_scan(eqn.params)
         if any(slot is not None for slot in slots[num_consts:]):

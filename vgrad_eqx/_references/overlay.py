@@ -1,4 +1,4 @@
-"""A function called with other values in its references."""
+"""Calls a function with other values in its references."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ from .trace import find_refs, is_concrete_ref, trace_operation
 
 
 class Called(NamedTuple):
-    """What a function returns, touches, and leaves in the references that it sets."""
+    """The output of a function, the references it uses, and final values of those it sets."""
 
     output: Any
     refs: Mapping[int, jax.Ref]
@@ -34,8 +34,8 @@ def call_with(
 ) -> Called:
     """Calls a function with other values in its references, by their `id`.
 
-    Every other reference has the value that it has now. None is set. What the function touches
-    is put into `refs`, also where it raises.
+    Every other reference has its current value. None is set. The references that the function
+    uses are added to `refs`, even if it raises.
     """
     refs = {} if refs is None else refs
     shared: dict[int, jax.Ref] = {}
@@ -57,22 +57,22 @@ def call_with(
                 raise
             raise ValueError(
                 "A `custom_jvp` or `custom_vjp` function cannot be differentiated by a state "
-                "that it reads, because its rule is for its arguments. Read the `value` "
-                "before, and pass it as an argument. The states that are read: "
+                "that it reads, because its rule covers only its arguments. Read the `value` "
+                "outside, and pass it as an argument. The states that are read: "
                 f"{shorten(list(map(describe, refs.values())))}."
             ) from error
 
 
 class _SetBelow(BaseException):
-    """A state is set in a function that JAX traces by itself, such as the body of a loop."""
+    """Raised when a state is set in a function that JAX traces separately, such as a loop."""
 
     def __init__(self, overlay: Overlay, ref: jax.Ref):
         super().__init__()
         self.overlay, self.ref = overlay, ref
 
 
-# JAX caches what it has traced by this too. What is cached holds stand-ins for some states,
-# and references for those of these `id`s.
+# Part of the key of JAX's trace caches. A cached trace holds references for the states with
+# these `id`s, and stand-ins for other states.
 _shared_refs = jax.make_user_context()
 
 
@@ -138,12 +138,12 @@ class _Overlay(Overlay):
         if self.busy is not None:
             raise ValueError(
                 f"{describe(ref)} is read or set inside of `{self.busy}`, by a rule that JAX "
-                "calls while it differentiates. No gradient would follow. Read its `value` "
-                "before, and pass it as an argument; set it outside."
+                "calls while it differentiates, so its gradient would be lost. Read its "
+                "`value` before, and pass it as an argument; set it outside."
             )
 
     def find_value(self, ref: jax.Ref) -> Any:
-        """The value now, at the level of the call."""
+        """The current value, at the top level of the call."""
         key = id(ref)
         if key not in self._values:
             with self._outside(), set_current_trace(self._parent):
@@ -214,8 +214,8 @@ class _Overlay(Overlay):
         return self._pass_on("process_shard_map", primitive, fun, values, **params)
 
 
-# The code of functions that were running while a state was read below the level of a call, and
-# what it is called.
+# The code of functions that were running while a state was read below the top level of a call,
+# and the name of that state.
 _readers: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
 
 
@@ -227,10 +227,10 @@ def _note_readers(name: str) -> None:
 
 
 def _refuse_hidden_readers(primitive: Any, params: Any, is_reading: bool) -> None:
-    """Raises if an operation holds a function that reads a state, and has no closure.
+    """Raises an error if an operation has a function that reads a state but has no closure.
 
-    Equinox closure-converts a function with a closure only. What another function reads is a
-    constant to it and to lineax, which solve with its value, and give no gradient.
+    Equinox closure-converts only functions that have a closure. A value that another function
+    reads is a constant to Equinox and lineax, and gets no gradient.
     """
     for param in params.values():
         for part in param if isinstance(param, tuple) else (param,):
@@ -240,8 +240,8 @@ def _refuse_hidden_readers(primitive: Any, params: Any, is_reading: bool) -> Non
             if name is not None:
                 raise ValueError(
                     f"{name} is read by `{part.__qualname__}`, which has no closure, and which "
-                    f"`{primitive}` takes for a constant. No gradient would follow. Read its "
-                    "`value` before, in the function that calls the solver, and close over it."
+                    f"`{primitive}` treats as a constant, so its gradient would be lost. Read "
+                    "its `value` in the function that calls the solver, and close over it."
                 )
     if is_reading:  # so the operation may be a compiled function
         for jaxpr in jaxprs_in_params(params):

@@ -1,4 +1,4 @@
-"""An operation on references, such as a loop that sets one, evaluated over their values."""
+"""Evaluates operations on references, such as a loop that sets one, over their values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import jax.extend as jex
 import jax.tree_util as jtu
 
 # Nothing public reads and writes a part of a value as an indexed reference does. JAX 0.10.2
-# cannot differentiate all that it does with a reference of its own, so drop this with 0.10.
+# cannot differentiate everything that it does with its own references, so drop this with 0.10.
 from jax._src.state.discharge import discharge_state  # noqa: TID251
 from jax.extend.core import DebugInfo, DropVar, Jaxpr, JaxprEqn, jaxprs_in_params, Literal
 from jax.extend.core.primitives import get_p, jit_p, scan_p, swap_p
@@ -22,25 +22,25 @@ _NO_INDEX = jtu.tree_structure(())
 
 
 class Cell:
-    """The value of a reference, while an operation is replayed without it."""
+    """Holds the value of a reference while an operation is replayed without the reference."""
 
     def __init__(self, value: object):
         self.value = value
 
 
 class NotFollowed(Exception):
-    """An operation that takes references, and for which there is no rule."""
+    """Raised for an operation that takes references but has no rule."""
 
 
 def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Evaluates a jaxpr, which is given cells for some or all of its references."""
+    """Evaluates a jaxpr with cells in place of some or all of its references."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     last_uses = _find_last_uses(jaxpr)
     for i, eqn in enumerate(jaxpr.eqns):
         outvars = _keep_vars(eqn.outvars)
         env.update(zip(outvars, _evaluate(eqn, env), strict=True))
         for var in _keep_vars(eqn.invars) + outvars:
-            if last_uses[var] == i:  # its value may be large, and need not live on
+            if last_uses[var] == i:  # frees its value, which may be large
                 env.pop(var, None)
     return [_read(atom, env) for atom in jaxpr.outvars]
 
@@ -56,7 +56,7 @@ def _find_last_uses(jaxpr: Any) -> dict[Any, int]:
 
 def find_written(jaxpr_or_eqn: Any, inputs: Sequence[Any]) -> list[bool]:
     """Which inputs of a jaxpr or an equation are references that it writes."""
-    # JAX exports none of these types. One that is not known is taken for a write.
+    # JAX exports none of these types. An unknown one is treated as a write.
     written = {
         id(effect.input)
         for effect in jaxpr_or_eqn.effects
@@ -66,7 +66,7 @@ def find_written(jaxpr_or_eqn: Any, inputs: Sequence[Any]) -> list[bool]:
 
 
 def _keep_vars(atoms: Sequence[Any]) -> list[Any]:
-    """Leaves out literals, and outputs that are thrown away."""
+    """Leaves out literals and dropped outputs."""
     return [atom for atom in atoms if not isinstance(atom, Literal | DropVar)]
 
 
@@ -75,7 +75,7 @@ def _read(atom: object, env: dict[Any, Any]) -> Any:
 
 
 def _evaluate(eqn: JaxprEqn, env: dict[Any, Any]) -> Sequence[Any]:
-    """The outputs of an equation, but for those that are thrown away."""
+    """The outputs of an equation, except dropped ones."""
     inputs = [_read(atom, env) for atom in eqn.invars]
     cells = list({id(value): value for value in inputs if isinstance(value, Cell)}.values())
     if not cells:
@@ -101,7 +101,7 @@ def _evaluate(eqn: JaxprEqn, env: dict[Any, Any]) -> Sequence[Any]:
 
 
 def _make_pure_function(eqn: JaxprEqn, slots: Slots, written: Sequence[int]) -> Pure:
-    """An equation on references, of their values. It leaves out what is thrown away."""
+    """An equation on references, as a function of their values, without dropped outputs."""
     rule = find_rule(eqn, slots)
     if rule is not None:
         inner = NestedEquation(eqn.params, slots, written, _purify)
@@ -115,7 +115,7 @@ def _make_pure_function(eqn: JaxprEqn, slots: Slots, written: Sequence[int]) -> 
 
 
 def _use_references(eqn: JaxprEqn, slots: Slots, written: Sequence[int]) -> Pure:
-    """An equation that is given references, made for the time that it takes."""
+    """An equation with temporary references, which exist only while it is evaluated."""
     jaxpr, places = _isolate(eqn), _find_places(eqn)
 
     def run(states: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -128,7 +128,7 @@ def _use_references(eqn: JaxprEqn, slots: Slots, written: Sequence[int]) -> Pure
 
 
 def _discharge(eqn: JaxprEqn, slots: Slots, written: Sequence[int]) -> Pure:
-    """An indexed read or write, as the slice or the update that it is."""
+    """An indexed read or write, as a slice or an update."""
     jaxpr, places = _isolate(eqn), _find_places(eqn)
     order = [slots[i] for i in places if slots[i] is not None]
     core: Any = jex.core  # to a type checker, 0.12 has only one of the two classes of 0.10
@@ -178,12 +178,12 @@ def _fill(slots: Slots, states: Sequence[Any], inputs: Sequence[Any]) -> list[An
     return [value if slot is None else states[slot] for slot, value in pairs]
 
 
-# A loop keeps its program, so there are only a few.
+# Small, because an entry keeps the jaxpr of a loop alive.
 _functions = Cache(64)
 
 
 def _remember(eqn: JaxprEqn, more: object, make: Callable[[], Any]) -> Any:
-    """Makes a function once for equal equations, unless it would keep arrays alive."""
+    """Creates a function once for equal equations, unless it would keep arrays alive."""
     params = jtu.tree_leaves(list(eqn.params.values()))
     if any(getattr(param, "consts", ()) for param in params):  # of closed jaxprs
         return make()
@@ -198,7 +198,7 @@ def _remember(eqn: JaxprEqn, more: object, make: Callable[[], Any]) -> Any:
 
 
 def _isolate(eqn: JaxprEqn) -> Any:
-    """A jaxpr that consists of one equation, of its distinct variables."""
+    """A jaxpr with this equation alone, as a function of its distinct variables."""
     debug_info = DebugInfo("replay", eqn.primitive.name, None, None)
     variables, outvars = _find_distinct(eqn.invars), _keep_vars(eqn.outvars)
     return Jaxpr([], variables, outvars, [eqn], eqn.effects, debug_info)
@@ -209,6 +209,6 @@ def _find_distinct(atoms: Sequence[Any]) -> list[Any]:
 
 
 def _find_places(eqn: JaxprEqn) -> list[int]:
-    """Where the distinct variables are among the inputs."""
+    """The positions of the distinct variables among the inputs."""
     places = {atom: i for i, atom in enumerate(eqn.invars) if not isinstance(atom, Literal)}
     return [places[var] for var in _find_distinct(eqn.invars)]

@@ -1,4 +1,4 @@
-"""A function over references, traced once, and called with values instead of them."""
+"""A function over references, traced once, and called with values instead."""
 
 import dataclasses
 import functools as ft
@@ -17,14 +17,14 @@ from .replay import Cell, find_written, NotFollowed, replay
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What a function does with arrays of some shapes."""
+    """The jaxpr of a function for arrays of given shapes."""
 
     jaxpr: Any
     structure: Any
 
     @ft.cached_property
     def refs(self) -> list[jax.Ref]:
-        """The references that the function touches, without being passed them."""
+        """The references that the function closes over."""
         return list(filter(is_concrete_ref, self.jaxpr.consts))
 
     @ft.cached_property
@@ -33,11 +33,11 @@ class Trace:
         return list(itertools.compress(self.jaxpr.consts, written))
 
     def call(self, args: Sequence[Any], values: Mapping[int, Any]) -> tuple[Any, list[Any]]:
-        """Calls the function, with other values in its references, by their `id`.
+        """Calls the function with other values in its references, by their `id`.
 
-        Returns its output, and what it leaves in those that it writes.
+        Returns its output, and the final values of the references that it writes.
         """
-        # JAX makes inputs of what the jaxprs of an equation hold, when it stages the equation.
+        # When JAX stages an equation, it turns the constants of its jaxprs into inputs.
         assert not any(find_refs((), eqn.params) for eqn in self.jaxpr.jaxpr.eqns)
         cells = {key: Cell(value) for key, value in values.items()}
         consts = [cells.get(id(const), const) for const in self.jaxpr.consts]
@@ -61,7 +61,7 @@ def trace(func: Callable[..., Any], args: Sequence[Any]) -> Trace:
 
 
 def trace_operation(primitive: Any, params: Any, inputs: Sequence[Any]) -> Trace:
-    """Traces one operation as a function of the inputs that are no references."""
+    """Traces one operation as a function of the inputs that are not references."""
 
     def bind(*others: object) -> Any:
         left = iter(others)

@@ -1,4 +1,4 @@
-"""States by reference as values to differentiate by, and where they stand in `grad_states`."""
+"""The values of states to differentiate with respect to, in the structure of `grad_states`."""
 
 import functools as ft
 import itertools
@@ -16,10 +16,10 @@ from .._tree.units import attach_unit
 
 
 class StateValues:
-    """The values of states by reference, which no argument holds."""
+    """The values of states by reference, which are not in any argument."""
 
     in_args = False
-    tree = None  # of the states, which no argument holds
+    tree = None  # there is no state tree
 
     def __init__(self, grad_states: GradStates, caller: str):
         self._grad_states = grad_states
@@ -56,7 +56,7 @@ class StateValues:
 
     @property
     def labels(self) -> list[str]:
-        """What errors call the values: by the name of their state, where it has one."""
+        """The names of the values in errors, with the name of their state if it has one."""
         pairs = zip(self._grad_states.entries, self._grad_states.names, strict=True)
         names = [getattr(entry, "name", None) or name for entry, name in pairs]
         return [label or "grad_states" for label in self._name_values(names)]
@@ -70,13 +70,13 @@ class StateValues:
         return [names[key] for key in self.refs]
 
     def refuse_untouched(self, touched: Iterable[jax.Ref], caller: str) -> None:
-        """Raises if no reference of some state is among these."""
+        """Raises an error if there is a state none of whose references is among these."""
         ids = set(map(id, touched))
         untouched = [ids.isdisjoint(map(id, each.diff)) for each in self._contents]
         if any(untouched):
             raise ValueError(
                 f"`{caller}` must name states that `func` reads. It does not touch "
-                f"{'; '.join(self._describe(untouched))}. Leave them out, or pass "
+                f"{'; '.join(self._describe(untouched))}. Remove them, or pass "
                 "`check_states=False` to get zeros."
             )
 
@@ -94,7 +94,7 @@ class StateValues:
         return func
 
     def arrange(self, grads: Sequence[Any]) -> Any:
-        """The gradients in the structure of `grad_states`, each in that of its state."""
+        """The gradients in the structure of `grad_states`, each with that of its state."""
         by_id = dict(zip(self.refs, grads, strict=True))
         return self._grad_states.unflatten(
             [
@@ -115,7 +115,7 @@ class StateValues:
 
 
 def _find_content(reference: State | jax.Ref) -> Split:
-    """What is in a state, with a reference in the place of each array."""
+    """The content of a state, with a reference in place of each array."""
     if isinstance(reference, State):
         return reference.content
     return FlatTree(reference).split([0])

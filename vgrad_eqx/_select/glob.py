@@ -1,4 +1,4 @@
-"""Globs over dotted paths, turned into regular expressions that take linear time."""
+"""Globs over dotted paths, compiled to regular expressions that run in linear time."""
 
 import functools as ft
 import re
@@ -19,8 +19,8 @@ _END = r"(?=\.|\Z)"  # of a segment
 def compile_glob(glob: str) -> re.Pattern[str]:
     """A regular expression for `glob` itself, the names that it matches, and all below them.
 
-    What a star or `**` passes over is decided once, by `(?>...)`: what comes after it has a
-    fixed number of characters or segments, so the first place leaves the most for the rest.
+    What a star or `**` skips is decided once, by an atomic group `(?>...)`: what follows it has
+    a fixed number of characters or segments, so the first match leaves the most for the rest.
     """
     choices = [_translate(choice, glob) for choice, _ in _expand_braces(glob)]
     return re.compile(f"(?:{'|'.join([re.escape(glob), *choices])})(?:\\..*)?", re.DOTALL)
@@ -35,7 +35,7 @@ def list_paths(glob: str) -> tuple[str, ...]:
 def find_unmatched(glob: str, names: Sequence[str]) -> str | None:
     """A glob without braces, for an alternative in the braces that matches none of the names.
 
-    Not every combination of alternatives must be there, but each of them in one.
+    Not every combination of alternatives must match, but each must occur in one that does.
     """
     if "{" not in glob:
         return None
@@ -60,8 +60,8 @@ _Choice = tuple[str, frozenset[int]]
 
 
 def _expand_braces(glob: str) -> list[_Choice]:
-    """The globs without braces, each with the places in `glob` of what it takes from them."""
-    # For each brace that is open, the choices before the last comma, and those after it.
+    """The globs without braces, each with the positions in `glob` of its alternatives."""
+    # For each open brace, the choices before the last comma, and those after it.
     stack: list[tuple[list[_Choice], list[_Choice]]] = [([], [("", frozenset())])]
     for token in _TOKEN.finditer(glob):
         before, choices = stack[-1]
@@ -89,7 +89,7 @@ def _expand_braces(glob: str) -> list[_Choice]:
 
 
 def _translate(glob: str, whole: str) -> str:
-    # What a path names includes everything under it, so a last `**` adds nothing.
+    # A path includes everything under the node that it names, so a last `**` adds nothing.
     runs: list[list[str]] = [[]]
     for segment in glob.split("."):
         if segment == "**":
@@ -128,6 +128,6 @@ def _translate_token(token: str, whole: str) -> str:
     members = ""
     for low, high, single in _MEMBER.findall(token[1 + negated : -1]):
         if low > high:
-            _refuse(whole, f"a range `{low}-{high}` that is turned around")
+            _refuse(whole, f"a reversed range `{low}-{high}`")
         members += re.escape(single) if single else f"{re.escape(low)}-{re.escape(high)}"
     return rf"(?!\.)[{'^' if negated else ''}{members}]"

@@ -1,4 +1,4 @@
-"""What the user wants gradients of: selectors or states by reference, in any nesting."""
+"""The `grad_states` of the user: selectors or states by reference, in any nesting."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ from .._tree.types import PyTree
 from .selectors import as_selector, Selector, SelectorLike
 
 
-# What is taken for `grad_states`: a selector, several in a container, or states by reference.
+# Accepted as `grad_states`: a selector, a container of several, or states by reference.
 GradStatesLike: TypeAlias = SelectorLike | State[Any] | jax.Ref
 
 
@@ -70,7 +70,7 @@ def parse_grad_states(grad_states: object, caller: str) -> GradStates | None:
 
 
 def _parse_selectors(grad_states: object, caller: str) -> Any:
-    """A selector, or the container of selectors that the user gave."""
+    """A selector, or the user's container of selectors."""
     if isinstance(grad_states, list | tuple | dict) and not jtu.tree_leaves(grad_states):
         raise ValueError(
             f"`{caller}` must name at least one selector. Got {show(grad_states)}. "
@@ -86,7 +86,7 @@ def _parse_selectors(grad_states: object, caller: str) -> Any:
 
 
 def _is_group(grad_states: object) -> bool:
-    """Whether this is a container of selectors, and not itself a filter spec."""
+    """Whether this is a container of selectors, rather than a filter spec."""
     return isinstance(grad_states, list | tuple | dict) and any(
         isinstance(each, str | Selector) for each in jtu.tree_leaves(grad_states)
     )

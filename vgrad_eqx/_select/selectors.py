@@ -25,7 +25,7 @@ from .glob import compile_glob, find_unmatched, list_paths
 
 
 class Selector(AtPrompt, abc.ABC):
-    """Says which leaves of a pytree are meant. Combines with `&`, `|` and `~`."""
+    """Chooses leaves of a pytree. Combines with `&`, `|` and `~`."""
 
     _inner = frozenset(
         ["combine", "entries", "glob", "indices", "list_paths", "mask", "node_type"]
@@ -56,7 +56,7 @@ class Selector(AtPrompt, abc.ABC):
         return _Combined(operator.not_, (self,))
 
 
-# What is taken for a selector: one, a path, or an Equinox filter spec.
+# Anything accepted as a selector: a selector, a path, or an Equinox filter spec.
 SelectorLike: TypeAlias = (
     Selector
     | str
@@ -144,7 +144,7 @@ class At(Selector):
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         leaves, tree = flat.leaves, flat.tree
-        # A leaf is found by its identity, which one that is at two places does not have.
+        # Leaves are found by identity, which is ambiguous for a leaf that appears twice.
         if len(set(map(id, leaves))) < len(leaves):
             places = [*flat.differentiable, *find_states(leaves)]
             twins = [copy.copy(leaves[i]) for i in places]
@@ -155,7 +155,7 @@ class At(Selector):
             if id(leaf) not in known:
                 raise TypeError(
                     "`at(where)` must return a node of the tree, or a tuple of nodes, as "
-                    f"in `equinox.tree_at`. Got {show(leaf)}, which is no leaf of the "
+                    f"in `equinox.tree_at`. Got {show(leaf)}, which is not a leaf of the "
                     f"`{type(flat.tree).__name__}`."
                 )
         chosen = set(map(id, found))
@@ -195,7 +195,7 @@ def _ask(predicate: Callable[[Any], Any], leaf: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Indices(Selector):
-    """Leaves that were resolved before."""
+    """Leaves that are already known by index."""
 
     indices: frozenset[int]
 
@@ -215,13 +215,13 @@ class _Spec(Selector):
 
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         try:
-            # Users' classes are not rebuilt with bools in them, because they may check them.
+            # Users' classes are not rebuilt with bools, because they may check their fields.
             subtrees = self.structure.flatten_up_to(flat.tree)
         except ValueError as error:
             raise ValueError(
                 "A filter spec must have the structure of the tree that it selects from, or of "
-                f"its first levels. Got {self!r} for {show(flat.tree)}. Make it of that tree, "
-                "by `jax.tree.map`."
+                f"its first levels. Got {self!r} for {show(flat.tree)}. Make it from that tree "
+                "with `jax.tree.map`."
             ) from error
         leaves = flat.leaves
         if any(map(callable, self.entries)):
@@ -242,7 +242,7 @@ class _Spec(Selector):
 
 
 def as_selector(selector: object) -> Selector:
-    """The one form that all ways to write a selector are turned into."""
+    """Converts every accepted form of a selector to a `Selector`."""
     if isinstance(selector, Selector):
         return selector
     if isinstance(selector, str):
@@ -254,8 +254,8 @@ def as_selector(selector: object) -> Selector:
     hint = ""
     if any(map(eqx.is_array, entries)):
         hint = (
-            " It says which leaves are meant, and does not hold them: pass the tree itself as "
-            "an argument of the function."
+            " It says which leaves to choose, and does not contain them: pass the tree itself "
+            "as an argument of the function."
         )
     elif type(selector).__module__.startswith("brainstate"):
         hint = " For one of brainstate, make a `vg.State` of its `value`."
@@ -280,13 +280,13 @@ def path(*globs: str) -> Selector:
 
     The path of a leaf is its `jax.tree_util.keystr(..., simple=True, separator=".")`, such
     as `layers.0.weight`. A path that names an inner node selects everything under it. A
-    plain string means the same wherever a selector is taken.
+    plain string means the same wherever a selector is accepted.
 
     **Arguments:**
 
-    - `globs`: one or more paths, in which `*` is one segment or a part of one, `**` any
-        number of segments, `[01]` one of some characters (`[!01]` any other), and `{a,b}`
-        one of some texts. A leaf is selected if one of `globs` matches it.
+    - `globs`: one or more paths, in which `*` matches a segment or a part of one, `**` any
+        number of segments, `[01]` one of these characters (`[!01]` any other), and `{a,b}`
+        either of these alternatives. A leaf is selected if any of `globs` matches it.
 
     **Returns:**
 
@@ -333,7 +333,7 @@ def instance(node_type: type | tuple[type, ...]) -> Selector:
 
     **Raises:**
 
-    - `TypeError`: at once, if `node_type` is no class.
+    - `TypeError`: at once, if `node_type` is not a class or a tuple of classes.
 
     **Example:**
 
@@ -352,12 +352,12 @@ def instance(node_type: type | tuple[type, ...]) -> Selector:
 
 
 def at(where: Callable[[Any], Any]) -> Selector:
-    """Selects a node, or several, by a function that looks them up.
+    """Selects one or more nodes with a function that returns them.
 
     **Arguments:**
 
-    - `where`: takes the tree and returns a node of it or a tuple of nodes, as the
-        `where` of `equinox.tree_at`. Everything under those nodes is selected.
+    - `where`: a function that takes the tree and returns a node of it or a tuple of nodes,
+        like the `where` of `equinox.tree_at`. Everything under those nodes is selected.
 
     **Returns:**
 
@@ -366,7 +366,7 @@ def at(where: Callable[[Any], Any]) -> Selector:
     **Raises:**
 
     - `TypeError`: at once, if `where` is not callable; on selecting, if it returns
-        something that is no part of the tree.
+        something that is not part of the tree.
 
     **Example:**
 
@@ -385,13 +385,13 @@ def at(where: Callable[[Any], Any]) -> Selector:
 
 
 def leaf(predicate: Callable[[Any], Any]) -> Selector:
-    """Selects leaves by a test of the leaf.
+    """Selects the leaves for which a predicate is true.
 
     **Arguments:**
 
-    - `predicate`: takes an inexact array and returns a bool. Other leaves are never
-        selected, so it is not asked about them. Under `jax.jit` it may use the shape and
-        the dtype of an array, but not its values.
+    - `predicate`: a function that takes an inexact array and returns a bool. It is not called
+        for other leaves, which are never selected. Under `jax.jit`, it may use the shape and
+        dtype of an array, but not its values.
 
     **Returns:**
 
@@ -418,7 +418,7 @@ def leaf(predicate: Callable[[Any], Any]) -> Selector:
 
 
 class Selection(NamedTuple):
-    """The chosen leaves of a flat pytree, sorted by name, as JAX sorts the keys of a dict."""
+    """The chosen leaves of a flat pytree, sorted by name, as JAX sorts dict keys."""
 
     indices: tuple[int, ...]
     names: tuple[str, ...]
@@ -482,7 +482,7 @@ def _refuse(flat: FlatTree, selector: Selector, mask: Sequence[bool], caller: st
 
 
 def check_names(flat: FlatTree, indices: Sequence[int]) -> None:
-    """Refuses two leaves with one dotted path."""
+    """Raises an error if two leaves have the same dotted path."""
     all_names = flat.names
     names = [all_names[i] for i in indices]
     if len(set(names)) < len(names):
@@ -509,11 +509,11 @@ def _describe_choice(flat: FlatTree) -> str:
     empty = [quote(name) for name in names_without_leaves(flat.tree) if name]
     choice = f"Its inexact arrays are {shorten(names, 3)}." if names else "It has none."
     if not names and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in flat.numbers):
-        return "It has shapes instead of arrays. Make the arrays before."
+        return "It has shapes instead of arrays. Create the arrays first."
     return f"{choice} There is nothing at {shorten(empty, 3)}." if empty else choice
 
 
 def _describe_states(flat: FlatTree, mask: Sequence[bool]) -> str:
     if not any(mask[i] for i in find_states(flat.leaves)):
         return ""
-    return " To differentiate by states, pass them, as `vg.states(...)` gives them."
+    return " To differentiate by states, pass the states themselves: `vg.states(...)`."

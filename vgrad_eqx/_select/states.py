@@ -1,4 +1,4 @@
-"""The chosen leaves of a pytree as a flat dict, and back."""
+"""Chosen leaves of a pytree as a flat dict, and back."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -20,31 +20,31 @@ _T = TypeVar("_T")
 
 
 def states(tree: PyTree, selector: SelectorLike = True) -> dict[str, Any]:
-    """The leaves of a pytree that a selector chooses, by their dotted path.
+    """Returns the leaves of a pytree that a selector chooses, by their dotted path.
 
-    They are inexact arrays, or else states by reference, [`vgrad_eqx.State`][]: what
-    `grad_states` takes.
+    They are inexact arrays or, if the selector chooses them, states by reference
+    ([`vgrad_eqx.State`][]), as accepted by `grad_states`.
 
     **Arguments:**
 
     - `tree`: any pytree, such as an Equinox module.
-    - `selector`: which of its leaves are meant: a path such as `"layers.*.weight"`, one of
+    - `selector`: which of its leaves to choose: a path such as `"layers.*.weight"`, one of
         [`vgrad_eqx.path`][], [`vgrad_eqx.instance`][], [`vgrad_eqx.at`][] and
         [`vgrad_eqx.leaf`][], or an Equinox filter spec. Defaults to all.
 
     **Returns:**
 
-    A flat dict `{path: leaf}` of inexact arrays, and of Quantities as they are, sorted by path,
-    as JAX sorts a dict. Integers, PRNG keys, functions and bare Python numbers are never in
-    it. Any optax transformation takes it as its parameters, Quantities inside of
-    [`vgrad_eqx.unitful`][], and `jax.flatten_util.ravel_pytree` makes it the vector that SciPy
-    takes, with a way back. Where the selector chooses states by reference, `{path: State}`.
+    A flat dict `{path: leaf}` of inexact arrays and Quantities, sorted by path as JAX sorts
+    dicts. It never contains integers, PRNG keys, functions or bare Python numbers. Any optax
+    transformation accepts it as parameters (Quantities with [`vgrad_eqx.unitful`][]), and
+    `jax.flatten_util.ravel_pytree` turns it into a vector for SciPy and back. If the selector
+    chooses states by reference, the result is `{path: State}`.
 
     **Raises:**
 
     - `TypeError`: if `selector` is none of these.
-    - `ValueError`: if `selector` chooses no inexact array and no state, or both, or if two of
-        them have one dotted path.
+    - `ValueError`: if `selector` chooses neither an inexact array nor a state, or chooses both,
+        or if two of the chosen leaves have the same dotted path.
 
     **Example:**
 
@@ -60,7 +60,7 @@ def states(tree: PyTree, selector: SelectorLike = True) -> dict[str, Any]:
 
 
 def replace_states(tree: _T, values: Mapping[str, Any]) -> _T:
-    """A copy of a pytree with other values at some of its leaves.
+    """Returns a copy of a pytree with some of its leaves replaced.
 
     The inverse of [`vgrad_eqx.states`][]. `__init__` and `__check_init__` of a module are
     not called again.
@@ -68,9 +68,9 @@ def replace_states(tree: _T, values: Mapping[str, Any]) -> _T:
     **Arguments:**
 
     - `tree`: any pytree.
-    - `values`: a dict `{path: value}`, each value of the shape and dtype of the leaf
-        that it replaces. A Quantity is converted to the unit of its leaf. Leaves without a
-        value stay as they are.
+    - `values`: a dict `{path: value}`. Each value must have the shape and dtype of the leaf
+        that it replaces. A Quantity is converted to the unit of its leaf. Other leaves are
+        left unchanged.
 
     **Returns:**
 
@@ -78,10 +78,10 @@ def replace_states(tree: _T, values: Mapping[str, Any]) -> _T:
 
     **Raises:**
 
-    - `TypeError`: if `values` is no dict.
-    - `ValueError`: if a path names no inexact array of `tree`, or a value has another
-        shape or dtype than its leaf. Nothing is replaced then.
-    - `brainunit.UnitMismatchError`: if a value has another dimension than its leaf.
+    - `TypeError`: if `values` is not a dict.
+    - `ValueError`: if a path does not name an inexact array of `tree`, or a value differs from
+        its leaf in shape or dtype.
+    - `brainunit.UnitMismatchError`: if a value and its leaf have different dimensions.
 
     **Example:**
 
@@ -95,30 +95,29 @@ def replace_states(tree: _T, values: Mapping[str, Any]) -> _T:
 
 
 def apply_updates(tree: _T, updates: PyTree) -> _T:
-    """A copy of a pytree with updates added to some of its leaves.
+    """Returns a copy of a pytree with updates added to some of its leaves.
 
-    The twin of `optax.apply_updates` for the updates that an optax transformation makes of
-    `{path: gradient}`.
+    The counterpart of `optax.apply_updates` for updates that an optax transformation computes
+    from `{path: gradient}`.
 
     **Arguments:**
 
     - `tree`: any pytree.
-    - `updates`: a dict `{path: update}`, each update of the shape of its leaf. A Quantity is
-        converted to the unit of its leaf. Leaves without an update stay as they are.
-        The sum is taken in float32 at least, also of bfloat16 and float8.
+    - `updates`: a dict `{path: update}`. Each update must have the shape of its leaf. A
+        Quantity is converted to the unit of its leaf. Other leaves are left unchanged.
+        Updates are added in float32 at least, also for bfloat16 and float8.
 
     **Returns:**
 
-    A pytree of the structure of `tree`. Every leaf keeps its dtype: a bfloat16 leaf stays
+    A pytree with the structure of `tree`. Each leaf keeps its dtype: a bfloat16 leaf stays
     bfloat16 under a float32 update.
 
     **Raises:**
 
-    - `TypeError`: if `updates` is no dict.
-    - `ValueError`: if a path names no inexact array of `tree`, or an update has another
-        shape than its leaf, is not inexact, or is complex where the leaf is real.
-        Nothing is updated then.
-    - `brainunit.UnitMismatchError`: if an update has another dimension than its leaf.
+    - `TypeError`: if `updates` is not a dict.
+    - `ValueError`: if a path does not name an inexact array of `tree`, or an update differs
+        from its leaf in shape, is not inexact, or is complex where the leaf is real.
+    - `brainunit.UnitMismatchError`: if an update and its leaf have different dimensions.
 
     **Example:**
 
@@ -185,7 +184,7 @@ def _replace(leaf: object, value: object, where: str) -> Any:
 
 
 def add(leaf: object, update: Any, where: str) -> Any:
-    """The sum, in the dtype and the unit of the leaf."""
+    """The sum, in the dtype and unit of the leaf."""
     if update is None:
         raise ValueError(f"{where} must be an array. Got None. Leave the path out instead.")
     old, unit = split_unit(leaf)

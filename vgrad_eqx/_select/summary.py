@@ -1,4 +1,4 @@
-"""What a selector chooses, for people to read."""
+"""A readable table of what a selector chooses."""
 
 import dataclasses
 import html
@@ -20,9 +20,9 @@ from .._tree.units import split_unit
 from .selectors import as_selector, select_any, SelectorLike
 
 
-# What fits on a screen. Longer tables have one row for equal arrays of equal layers.
+# What fits on a screen. Longer tables merge equal arrays of equal layers into one row.
 _MOST_ROWS = 40
-# Of longer arrays, the range is shown in the place of the elements.
+# For longer arrays, the range is shown instead of the elements.
 _MOST_ELEMENTS = 4
 
 
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Summary(AtPrompt):
-    """What [`vgrad_eqx.summary`][] returns: a table with one of its `rows` for each array."""
+    """The table returned by [`vgrad_eqx.summary`][], whose `rows` are one for each array."""
 
     rows: tuple[Row, ...]
 
@@ -55,7 +55,7 @@ class Summary(AtPrompt):
 
     @property
     def _texts(self) -> list[list[str]]:
-        """What is in each cell. The first line is the heads of the columns."""
+        """The text of each cell. The first line has the column headers."""
         texts = [["path", "shape", "dtype", "value", "unit", "size", ""]]
         for path, rows in _group(self.rows):
             row, times = rows[0], f"{len(rows)} × " if len(rows) > 1 else ""
@@ -77,7 +77,7 @@ class Summary(AtPrompt):
         return "\n".join([*lines, self._totals])
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it."""
+        """The table as shown in a notebook."""
         head, *lines = [[html.escape(cell) for cell in line] for line in self._texts]
         rows = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
         for *cells, size, fate in lines:
@@ -89,26 +89,26 @@ class Summary(AtPrompt):
 
 
 def summary(tree: PyTree, selector: SelectorLike = True, *, values: bool = False) -> Summary:
-    """A table of which leaves of a pytree a selector chooses, and which stay frozen.
+    """Returns a table of the leaves of a pytree that a selector chooses or leaves frozen.
 
     **Arguments:**
 
     - `tree`: any pytree.
     - `selector`: as in [`vgrad_eqx.states`][].
-    - `values`: whether to show the values as well, such as those of a fit, in their units: the
-        elements of an array of at most four, and else the smallest and the largest one.
+    - `values`: whether to also show the values, for example of fitted parameters, in their
+        units: the elements of arrays with at most four, and the minimum and maximum of others.
 
     **Returns:**
 
-    A table, which is shown at the prompt and in a notebook, and which `print` and `str` take.
-    It has a row for each array: its path, shape, dtype, unit (if any array has one) and number
-    of elements, and whether it is chosen, frozen, or not differentiable; then the totals. A
-    table of more than 40 rows shows equal arrays of equal layers in one row, such as
+    A table, which can be printed, and is displayed at the prompt and in notebooks. It has a
+    row for each array, with its path, shape, dtype, unit (if any array has one) and number of
+    elements, and whether it is chosen, frozen, or not differentiable; then the totals. A table
+    of more than 40 rows merges equal arrays of equal layers into one row, such as
     `layers.[0-11].weight`, unless it shows values. Its `rows` are tuples, one for each array.
 
     **Raises:**
 
-    - `TypeError`, `ValueError`: as [`vgrad_eqx.states`][]; and if `values` is no bool.
+    - `TypeError`, `ValueError`: as [`vgrad_eqx.states`][]; and if `values` is not a bool.
 
     **Example:**
 
@@ -138,7 +138,7 @@ def summary(tree: PyTree, selector: SelectorLike = True, *, values: bool = False
 def _list_rows(
     flat: FlatTree, index: int, chosen: Container[int], values: bool
 ) -> Iterator[Row]:
-    """A row for each array in a leaf. A state may hold several, another leaf is one."""
+    """A row for each array in a leaf. A state may contain several; any other leaf is one."""
     path, leaf = flat.names[index], flat.leaves[index]
     inner = {path: leaf}
     if isinstance(leaf, State):
@@ -159,7 +159,7 @@ def _list_rows(
 
 
 def _show_value(array: Any) -> str:
-    """The elements of a small array, or the range of another one."""
+    """The elements of a small array, or the range of a larger one."""
     array = read(array) if isinstance(array, jax.Ref) else array
     is_known = not isinstance(array, jax.Array) or (
         not isinstance(array, jax.core.Tracer) and array.is_fully_addressable
@@ -179,7 +179,7 @@ def _show_value(array: Any) -> str:
 
 
 def _group(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows with their path. Equal arrays of equal layers are together in a long table."""
+    """Rows by path. In a long table, equal arrays of equal layers are grouped."""
     groups = [(row.path.split("."), [row]) for row in rows]
     if len(rows) > _MOST_ROWS and all(row.value is None for row in rows):
         for place in range(max(len(path) for path, _ in groups)):

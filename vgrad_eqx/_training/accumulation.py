@@ -1,4 +1,4 @@
-"""The mean gradient of several parts of a batch, one after the other."""
+"""The mean gradient of several microbatches, processed one after the other."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from .._tree.units import attach_unit, split_unit
 
 
 class Result(NamedTuple):
-    """The gradients, the output and the auxiliary data of a part, and what it carries on."""
+    """The gradients, output and auxiliary data of a microbatch, and its carry."""
 
     grads: list[Any]
     value: Any
@@ -24,12 +24,12 @@ class Result(NamedTuple):
     nn_state: Any
 
 
-# Takes what is carried on, a key or `None`, and the arrays of a batch.
+# Takes the carry, a key or `None`, and the arrays of a batch.
 Differentiate = Callable[[Any, Any, Sequence[Any]], Result]
 
 
 def is_array(leaf: object) -> bool:
-    """Whether a leaf of a batch is traced. All others are constants."""
+    """Whether a leaf of a batch is traced. All others are static."""
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
 
 
@@ -41,7 +41,7 @@ def accumulate(
     key: jax.Array | None,
     inputs: Sequence[Any],
 ) -> Result:
-    """Differentiates part by part. Outputs and auxiliary data are stacked."""
+    """Differentiates one microbatch at a time. Outputs and auxiliary data are stacked."""
     if num_parts == 1:
         return differentiate(nn_state, key, inputs)
     check_leading_axis(inputs, num_parts, "accumulate")
@@ -71,7 +71,7 @@ def accumulate(
 
 
 def _make_zeros(number: ArrayLike) -> Any:
-    """Zeros to add gradients to, which would lose digits in less than float32."""
+    """Zeros to add gradients to, in float32 at least, so that no digits are lost."""
     return jnp.zeros(jnp.shape(number), widen(jnp.result_type(number)))
 
 

@@ -1,4 +1,4 @@
-"""What a training step does with flat arrays, worked out once for a structure."""
+"""A training step as a function of flat arrays, built once per structure."""
 
 import contextlib
 import dataclasses
@@ -40,20 +40,20 @@ from .packing import Packing
 @jtu.register_dataclass
 @dataclasses.dataclass(slots=True, repr=False)
 class Metrics(AtPrompt):
-    """What a step of [`vgrad_eqx.train_step`][] returns beside the next state.
+    """What a step of [`vgrad_eqx.train_step`][] returns along with the next state.
 
     **Arguments:**
 
-    It is made by the step.
+    Created by the step.
 
     **Returns:**
 
-    A pytree of three. With `steps_per_call`, and value and aux with `accumulate`, they are
-    stacked.
+    A pytree with three fields. With `steps_per_call`, all three are stacked; with `accumulate`,
+    `value` and `aux` are.
 
-    - `value`: the output of `func`, before the step.
+    - `value`: the output of `func`, before the update.
     - `aux`: its auxiliary data, or `None`.
-    - `grad_norms`: `{path: norm}` if asked for, or `None`.
+    - `grad_norms`: `{path: norm}` if requested, otherwise `None`.
 
     **Example:**
 
@@ -100,7 +100,7 @@ class Carry(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a step takes beside the model."""
+    """What a step takes besides the model."""
 
     inputs: Sequence[Any]
     rest: Rest
@@ -110,18 +110,18 @@ class Batch(NamedTuple):
     def list_arguments(self, model: Any, nn_state: Any, key: Any, inputs: Sequence[Any]) -> Any:
         """The arguments of `func` for some of the inputs."""
         args, kwargs = self.rest.combine(inputs)
-        # A copy, because an `equinox.nn.State` is used up by the function that changes it.
+        # A copy, because a function that updates an `equinox.nn.State` invalidates the old one.
         states = () if nn_state is None else (jtu.tree_map(lambda leaf: leaf, nn_state),)
         kwargs = kwargs if key is None else dict(key=key, **kwargs)
         return (model, *states, *args), kwargs
 
 
 class FlatStep:
-    """A training step of the arrays of a `Carry`, and of the frozen arrays of the module.
+    """A training step that takes the arrays of a `Carry` and the module's frozen arrays.
 
-    The steps are counted outside, which takes less time than to pass one array more. Over
-    states by reference, the module is the dict of the trained ones, and `nn_state` a list of
-    all others.
+    The steps are counted outside, which takes less time than passing one more array. Over
+    states by reference, the module is the dict of the trained states, and `nn_state` is a list
+    of all others.
     """
 
     def __init__(
@@ -179,10 +179,10 @@ class FlatStep:
         self.unknown: UnknownStates | None = None
 
     def find_program(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A compiled step for such a batch, and what it takes of it.
+        """A compiled step for such a batch, and its inputs from the batch.
 
-        All that is no array or number is constant; and so is a number in a module, which may
-        decide by it.
+        Everything but arrays and numbers is static, and so is a number in a module, because
+        the module may branch on it.
         """
         with contextlib.suppress(RecursionError):  # of what is refused below
             if not kwargs and all(map(_is_plain, batch)):
@@ -218,7 +218,7 @@ class FlatStep:
 
     @property
     def signature(self) -> Any:
-        """What tells steps apart that compile to different programs."""
+        """A key that differs between steps that compile to different programs."""
         static = tuple([(type(leaf), leaf) for leaf in self._rest.constants])
         structures = (self._rest.structure, self._carry, self._optimizer)
         arrays = (tuple(self._chosen), self._avals, self._impl, self._shardings)
@@ -227,13 +227,13 @@ class FlatStep:
     def start(
         self, flat: FlatTree, optimizer: Optimizer, key: jax.Array | None, nn_state: PyTree
     ) -> tuple[tuple[Any, ...], list[Any]]:
-        """The leaves to begin with, and the frozen ones."""
+        """The initial leaves, and the frozen ones."""
         params = [flat.leaves[i] for i in self._chosen]
         carry = Carry(params, optimizer.opt_state, _strip_key(key), nn_state)
         return self._write(carry), [flat.leaves[i] for i in self._frozen]
 
     def extend(self, leaves: Sequence[Any], unknown: UnknownStates) -> Any:
-        """A step that carries the values of more states, and its leaves."""
+        """A step with the values of more states in its carry, and its leaves."""
         assert self.states is not None
         self.unknown = unknown
         states, values = self.states.extend(unknown)
@@ -298,7 +298,7 @@ class FlatStep:
             optimizer,
             following,
             "train_step",
-            "Take that step by a `vg.Optimizer`, and go on by `init(model, optimizer=opt)`.",
+            "Take that step with a `vg.Optimizer`, then call `init(model, optimizer=opt)`.",
         )
         params = list(optimizer.params(model).values())
         nn_state = result.nn_state
@@ -331,7 +331,7 @@ class FlatStep:
         return accumulate(part, params, number, batch.nn_state, batch.key, batch.inputs)
 
     def _make_functions(self, params: Sequence[Any], batch: Batch) -> dict[str, Any]:
-        """The functions of the model that some transformations take."""
+        """The functions of the model that some transformations accept."""
 
         def grad_fn(model: Any, *_: Any) -> Any:  # `sam` passes the number of its step as well
             grads = self._differentiate(model, params, batch).grads
@@ -341,7 +341,7 @@ class FlatStep:
         return {"value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
 
     def _make_extra_args(self, aux: Any) -> Mapping[str, Any]:
-        """Those that the user makes of the auxiliary data."""
+        """The extra arguments that the user computes from the auxiliary data."""
         if self.options.extra_args is None:
             return {}
         extra_args = self.options.extra_args(aux)
@@ -353,7 +353,7 @@ class FlatStep:
         return extra_args
 
     def _take_last(self, written: dict[str, Any]) -> dict[str, Any]:
-        """What `func` has set trained states to."""
+        """The values that `func` has set trained states to."""
         if written and self.options.accumulate > 1:
             raise ValueError(
                 "`train_step(func=..., accumulate=...)` must not set a state that is trained, "
@@ -363,7 +363,7 @@ class FlatStep:
         return written
 
     def _average(self, value: object) -> Any:
-        """The sum of all outputs, of which the gradient is taken, or its mean over parts."""
+        """The sum of all outputs, which is differentiated, or its mean over microbatches."""
         numbers, output = split_output(value, None, "train_step")
         text = "`train_step(func=...)` must return outputs of one dimension."
         factors = find_factors(output.units, text, output.names)
@@ -413,7 +413,7 @@ class FlatStep:
         return self._wrap_key(_copy(self._read(leaves).key))
 
     def sync(self, leaves: Sequence[Any], count: Any, memory: State) -> None:
-        """Gives the states by reference the values that are carried."""
+        """Sets the states by reference to the values in the carry."""
         assert self.states is not None
         carry = _copy(self._read(leaves))
         optimizer = self._build_optimizer(carry.opt_state, jnp.asarray(count, jnp.int32))
@@ -469,7 +469,7 @@ class FlatStep:
         return jtu.tree_unflatten(self._carry, arrays)
 
     def _write(self, carry: Carry) -> tuple[Any, ...]:
-        """Copies of the arrays, which may be donated."""
+        """Copies of the arrays, so that they may be donated."""
         arrays = [jnp.array(x, jnp.result_type(x), copy=True) for x in jtu.tree_leaves(carry)]
         CONCRETE.update([type(array) for array in arrays if not is_any_traced([array])])
         return self._join(spread(arrays))
@@ -484,7 +484,7 @@ class FlatStep:
         return jtu.tree_unflatten(self._optimizer, [*jtu.tree_leaves(opt_state), count])
 
     def _split_key(self, keys: list[Any]) -> tuple[list[Any], Any]:
-        """The numbers of the next key, and a key for this step; or nothing, and `None`."""
+        """The data of the next key and a key for this step; or nothing and `None`."""
         if not keys:
             return [], None
         key, subkey = jr.split(self._wrap_key(keys))
@@ -497,11 +497,11 @@ class FlatStep:
 
 
 class Program:
-    """A compiled step, and the way to `call` it so that Ctrl-C does not lose its results.
+    """A compiled step, with a `call` whose results Ctrl-C cannot lose.
 
-    A call that JAX passes on at once takes arrays and returns others in C++. In all others it
-    runs Python in between: in those that are compiled first, for which Ctrl-C is held back from
-    the end of their trace on, and in all of a program that calls Python itself.
+    On JAX's fast path, a call takes and returns arrays in C++. Other calls run Python in
+    between: those that compile the program, for which Ctrl-C is held back from the end of the
+    trace on, and every call of a program with a callback.
     """
 
     def __init__(self, run: Callable[..., Any], donate: bool):
@@ -529,10 +529,10 @@ class Program:
         return self.compiled(leaves, frozen, batch)
 
 
-# Types of leaves of a batch that are traced. Those of JAX arrays are added when they are seen.
+# Types of batch leaves that are traced. Those of JAX arrays are added when first seen.
 PLAIN: set[type] = {int, float, complex, np.ndarray}
 
-# The types of JAX arrays that are no tracers, which can be donated. No public name is theirs.
+# The types of JAX arrays that are not tracers, which can be donated. They have no public name.
 CONCRETE: set[type] = set()
 
 
@@ -542,7 +542,7 @@ _is_string = type.__instancecheck__.__get__(str)
 
 
 def _is_plain(node: Any) -> bool:
-    """Whether JAX takes a part of a batch as it is. It need not find out all that are so."""
+    """Whether JAX takes this part of a batch as is. It may say no where JAX would take it."""
     kind = type(node)
     if kind in PLAIN:
         return True

@@ -6,16 +6,16 @@ from types import FrameType
 from typing import Any
 
 
-# The handler that was there before, while Ctrl-C is held back.
+# The previous handler, while Ctrl-C is held back.
 held: list[Any] = []
 
 _noted: list[tuple[int, FrameType | None]] = []
 
 
 def hold() -> None:
-    """Holds Ctrl-C back until `release`, where the main thread runs.
+    """Holds Ctrl-C back until `release`, in the main thread.
 
-    The second one is not held back, so that a callback without an end can be stopped.
+    A second Ctrl-C is not held back, so that a callback that never ends can be stopped.
     """
     if held or threading.current_thread() is not threading.main_thread():
         return
@@ -27,7 +27,7 @@ def hold() -> None:
 
 
 def release() -> None:
-    """Ends `hold`. A Ctrl-C that came since is handled now."""
+    """Ends `hold`. A Ctrl-C that was held back is handled now."""
     if held and threading.current_thread() is threading.main_thread():
         handler = held.pop()
         signal.signal(signal.SIGINT, handler)

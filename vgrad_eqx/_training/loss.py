@@ -13,7 +13,7 @@ from .._tree.units import split_unit
 def make_loss(
     func: Callable[..., Any], has_aux: bool, has_nn_state: bool = False
 ) -> Callable[..., Any]:
-    """`func`, whose value must be one array or Quantity, beside the rest that is asked for."""
+    """`func`, with checks that it returns one array or Quantity, and the rest as requested."""
     wanted, reason = "(value, aux)", "by `has_aux=True`"
     if has_nn_state:
         wanted = "(value, (nn_state, aux))" if has_aux else "(value, nn_state)"

@@ -16,7 +16,7 @@ from .loss import make_loss
 
 
 class UnknownStates(Exception):
-    """The function uses states whose values are not carried yet."""
+    """Raised when the function uses states whose values are not in the carry yet."""
 
     def __init__(self, refs: Sequence[jax.Ref]):
         super().__init__()
@@ -34,7 +34,7 @@ class StateFunction:
         self._values = values = optimizer.find_values()
         self.trained = dict(zip(values.names, values.refs.values(), strict=True))
         self.others: list[jax.Ref] = []
-        # The `vg.State` of each of these, weakly, or `None` of a bare reference.
+        # A weak reference to the `vg.State` of each of these, or `None` for a bare `jax.Ref`.
         self.owners: list[Callable[[], State | None] | None] = []
         self._options = options
         self._func = make_loss(options.func, options.has_aux)
@@ -47,7 +47,7 @@ class StateFunction:
     def _key(self) -> Any:
         return *self.trained, *map(id, self._refs)
 
-    # Equal for the same states, with which a training step compiles to the same program.
+    # Equal for the same states, so that a training step reuses its compiled program.
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, StateFunction) and self._key == other._key
 
@@ -55,7 +55,7 @@ class StateFunction:
         return hash(self._key)
 
     def extend(self, unknown: UnknownStates) -> tuple["StateFunction", list[Any]]:
-        """One that takes the values of more states, and the values that these have now."""
+        """A function that takes the values of more states, and their current values."""
         known = set(map(id, self._refs))
         new = [ref for ref in unknown.refs if id(ref) not in known]
         extended = copy.copy(self)
@@ -65,9 +65,9 @@ class StateFunction:
         return extended, list(map(read, new))
 
     def name_others(self) -> dict[str, int]:
-        """The places of the other references by name, or in their order where they have none.
+        """The places of the other references by name, or in order if they have no name.
 
-        A state that nobody has any more is left out.
+        A state that is no longer alive is left out.
         """
         states = [None if owner is None else owner() for owner in self.owners]
         places = [

@@ -10,26 +10,26 @@ import jax.numpy as jnp
 from jax import Array
 
 
-# To copy a larger array into a buffer and out of it takes longer than to pass it.
+# Copying a larger array into a buffer and out of it takes longer than passing it.
 _LARGEST = 4096
 
-# Compiling takes longer than in proportion to the number of arrays in a buffer.
+# Compilation time grows faster than the number of arrays in a buffer.
 _MOST = 32
 
-# XLA fuses what it slices from a buffer into all that uses it. For few arrays this is
-# fast. For many it makes kernels that take several times as long to compile.
+# XLA fuses the slices of a buffer into the operations that use them. For few arrays this is
+# fast. For many, it makes kernels that take several times as long to compile.
 _MOST_FUSED = 16
 
 
 class _Slot(NamedTuple):
-    """A buffer: where its arrays are among all, and their shapes. A large one is alone."""
+    """A buffer: the indices of its arrays, and their shapes. A large array has its own."""
 
     indices: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
 
 
 class Packing:
-    """The way from arrays to buffers, one for some arrays of one kind and dtype."""
+    """Packs arrays into buffers, each of which holds several arrays of one kind and dtype."""
 
     def __init__(self, kinds: Sequence[Hashable], arrays: Sequence[Any]):
         slots: dict[Any, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What a training step takes and returns."""
+"""The training state, which a training step takes and returns."""
 
 import dataclasses
 import weakref
@@ -24,34 +24,38 @@ _M = TypeVar("_M", covariant=True)
 class TrainState(AtPrompt, Generic[_M]):
     """Model, optimizer and key between two steps of [`vgrad_eqx.train_step`][].
 
-    It holds flat arrays, which each step takes over: a state is used once, and the step
-    returns the next one. The module is put together only when it is asked for. It is a pytree
-    of those arrays and of the count, so `jax.lax.scan`, `jax.tree.map` and the like take it.
+    It consists of flat arrays, which are donated to the next step: each training state is
+    used once, and the step returns the next one. The module is built only on request. A
+    training state is a pytree of those arrays and the count, so it works with `jax.lax.scan`,
+    `jax.tree.map` and so on.
 
-    Over states by reference, it carries their values, and the states have old ones meanwhile.
-    `sync()` sets them; so does the end of a `with` block, to those of the last step in it, or
-    of the last `sync()`. What is set in a state meanwhile does not reach the steps.
+    Over states by reference, it carries their values, and the states themselves keep their old
+    values for the time being. `sync()` sets them. So does leaving a `with` block, to the values
+    of the last step or the last `sync()` in it. The steps do not see values that are set in a
+    state in the meantime.
 
     **Arguments:**
 
-    It is made by `train_step(...).init(...)`, and by [`vgrad_eqx.load`][].
+    Created by `train_step(...).init(...)` and by [`vgrad_eqx.load`][].
 
     **Returns:**
 
-    A state with the `count` of steps, `copy()`, which makes a state of its own, and
-    `set_hyperparams`; and with these properties, which are copies, and live on:
+    A training state with the `count` of steps; `copy()`, which returns an independent training
+    state; `set_hyperparams`; and these properties, which are copies and so remain valid after
+    the next step:
 
-    - `model`: the module as it is now.
+    - `model`: the current module.
     - `optimizer`: its [`vgrad_eqx.Optimizer`][].
     - `nn_state`: its `equinox.nn.State`, or `None`.
     - `key`: the PRNG key that the next step splits, or `None`.
-    - `hyperparams`: those that `optax.inject_hyperparams` keeps.
-    - `kept`: the last state that `train_step(keep_every=n)` has copied, or `None`.
+    - `hyperparams`: those kept by `optax.inject_hyperparams`.
+    - `kept`: the last training state copied by `train_step(keep_every=n)`, or `None`.
 
     **Raises:**
 
-    - `RuntimeError`: for a property of a state that a step has taken over; at the end of a
-        `with` block whose last state JAX or [`vgrad_eqx.load`][] has made, until `sync()`.
+    - `RuntimeError`: on reading a property of a training state that was donated to a step; on
+        leaving a `with` block whose last training state was made by JAX or by
+        [`vgrad_eqx.load`][], unless `sync()` was called.
     - `TypeError`: for `model` and `nn_state` over states by reference, and for `sync` and
         `with` over a module.
 
@@ -66,7 +70,7 @@ class TrainState(AtPrompt, Generic[_M]):
         (0.5, 1, 1.0)
     """
 
-    # Few, because setting each takes a share of the time of a step.
+    # Few, because setting each one adds to the time of a step.
     __slots__ = ("__weakref__", "_is_rebuilt", "_model", "count", "leaves", "training")
 
     _inner = frozenset(
@@ -94,11 +98,11 @@ class TrainState(AtPrompt, Generic[_M]):
 
     @property
     def hyperparams(self) -> dict[str, Any]:
-        """As [`vgrad_eqx.Optimizer`][] has them."""
+        """As in [`vgrad_eqx.Optimizer`][]."""
         return self.optimizer.hyperparams
 
     def set_hyperparams(self, group: str | None = None, /, **values: ArrayLike) -> Self:
-        """A state with other hyperparameters, as [`vgrad_eqx.Optimizer`][] sets them.
+        """Returns a training state with other hyperparameters, as in [`vgrad_eqx.Optimizer`][].
 
         It shares its other arrays with this one, so only one of the two can be used.
         """
@@ -118,13 +122,13 @@ class TrainState(AtPrompt, Generic[_M]):
 
     @property
     def kept(self) -> Self | None:
-        """The last copy that `train_step(keep_every=...)` has made."""
+        """The last training state copied by `train_step(keep_every=...)`, or `None`."""
         return None if self.training.history is None else self.training.history.kept
 
     def sync(self) -> None:
-        """Sets the states by reference to the values that are carried."""
+        """Sets the states by reference to the values that this training state carries."""
         self._check_kind(True, "sync")
-        jax.block_until_ready(self.leaves)  # an error of the step is raised before they are set
+        jax.block_until_ready(self.leaves)  # raises an error of the step before any is set
         try:
             hold()  # all of them are set, or none
             self.training.flat_step.sync(self.leaves, self.count, self.training.memory)
@@ -163,8 +167,8 @@ class TrainState(AtPrompt, Generic[_M]):
             raise RuntimeError(
                 "This `TrainState` was donated to a step, which has taken over its arrays. Go "
                 "on with the state that the step returned: `state, metrics = step(state, "
-                "*batch)`. To keep one, take its `copy()` or its `model` before, or save it by "
-                "`vg.save`."
+                "*batch)`. To keep one, take its `copy()` or its `model` before the step, or "
+                "save it with `vg.save`."
             )
 
     def to_tree(self) -> dict[str, Any]:
@@ -187,7 +191,7 @@ class TrainState(AtPrompt, Generic[_M]):
         return any(type(leaf) in CONCRETE and leaf.is_deleted() for leaf in self.leaves)
 
     def take_over(self, leaves: Sequence[jax.Array]) -> None:
-        """Becomes the next state, which nobody has got because of an interrupt."""
+        """Becomes the next state, which an interrupt kept from being returned."""
         if hasattr(self, "_model"):
             del self._model
         self.leaves, self.count = leaves, self.count + self.training.flat_step.steps_per_call
@@ -195,7 +199,7 @@ class TrainState(AtPrompt, Generic[_M]):
             self.training.history.add(self)
 
     def copy(self) -> Self:
-        """A state of its own, which lives on when a step takes over this one."""
+        """Returns an independent copy, which remains valid when this one is donated."""
         self.check()
         leaves = jtu.tree_map(jnp.copy, self.leaves)
         each = self.training
@@ -211,8 +215,8 @@ class TrainState(AtPrompt, Generic[_M]):
         if self.training.flat_step.states is not None:
             raise TypeError(
                 "A `TrainState` over states by reference cannot be pickled, because its copy "
-                "would be of other states. Pickle the states after `sync()`, or save it by "
-                "`vg.save`."
+                "would refer to other states. Pickle the states after `sync()`, or save it "
+                "with `vg.save`."
             )
         parts = self.model, self.key, self.nn_state, self.optimizer
         return _restore, (self.training.flat_step.owner, *parts)
@@ -233,7 +237,7 @@ class TrainState(AtPrompt, Generic[_M]):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Training:
-    """What the states that were made of one another have in common.
+    """What a training state shares with those derived from it.
 
     Over states by reference, `memory` is the state of their optimizer.
     """
@@ -256,9 +260,9 @@ class Training:
 
 
 class History:
-    """What is known of the states that were made of one another.
+    """The latest and the last kept state among those derived from one another.
 
-    Of those that no step has made since the `latest`, only that there are any.
+    `rebuilt` are the states that JAX or `load` has made since the `latest`.
     """
 
     def __init__(self, keep_every: int):
@@ -268,7 +272,7 @@ class History:
         self.rebuilt: weakref.WeakSet[TrainState] = weakref.WeakSet()
 
     def add(self, state: TrainState) -> None:
-        """Takes a state for the latest."""
+        """Records a state as the latest."""
         if not is_any_traced(state.leaves):
             self.latest = state
             self.rebuilt.clear()
@@ -286,12 +290,12 @@ class History:
         if self._keep_every and not is_any_traced(leaves):
             before = count - training.flat_step.steps_per_call
             if before // self._keep_every < count // self._keep_every:
-                # It waits for the values, so that only those of a good step are kept.
+                # This waits for the values, so that only those of a successful step are kept.
                 self.kept = jax.block_until_ready(state.copy())
         return state
 
 
-# The histories of the states that a `with` block is about, by the state of their optimizer.
+# The histories inside a `with` block, keyed by the state of their optimizer.
 _entered: weakref.WeakKeyDictionary[Any, History] = weakref.WeakKeyDictionary()
 
 
@@ -316,7 +320,7 @@ _NAMES = tuple(map(jtu.GetAttrKey, ("leaves", "frozen", "count")))
 
 def _flatten(state: TrainState) -> tuple[Any, Any]:
     count, training = state.count, state.training
-    # One that JAX has built may hold anything, such as the axes of `jax.vmap`.
+    # A state that JAX has built may contain anything, such as the axes of `jax.vmap`.
     if isinstance(count, int) and not hasattr(state, "_is_rebuilt"):
         count = jnp.asarray(count, jnp.int32)
     children = zip(_NAMES, (state.leaves, training.frozen, count), strict=True)
@@ -331,7 +335,7 @@ def _unflatten(common: Any, children: PyTree) -> TrainState:
 
 
 def _rebuild(flat_step: FlatStep, frozen: Any, memory: Any, leaves: Any, count: Any) -> Any:
-    """A state that no step has made."""
+    """A state that was not returned by a step."""
     state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
     if state.training.history is not None:
         state.training.history.add_rebuilt(state)

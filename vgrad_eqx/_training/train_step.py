@@ -43,17 +43,17 @@ class _OfTrainer(type):
 
 
 class TrainStep(metaclass=_OfTrainer):
-    """A compiled training step, as [`vgrad_eqx.train_step`][] returns it.
+    """A compiled training step, as returned by [`vgrad_eqx.train_step`][].
 
     **Arguments:**
 
-    It is made by `train_step`.
+    Created by `train_step`.
 
     **Returns:**
 
-    A function `step(state, *batch) -> (state, metrics)`, whose `init` makes the first state,
-    and whose `lower(state, *batch)` gives what `jax.jit(...).lower(...)` does, to look at the
-    program.
+    A function `step(state, *batch) -> (state, metrics)`. Its method `init` creates the first
+    state, and `lower(state, *batch)` lowers the step as `jax.jit(...).lower(...)` does, for
+    example to inspect the compiled program.
 
     **Example:**
 
@@ -68,26 +68,26 @@ class TrainStep(metaclass=_OfTrainer):
     def __call__(
         self, state: TrainState[_M], /, *batch: PyTree, **kwargs: PyTree
     ) -> tuple[TrainState[_M], Metrics]:
-        """Takes the steps of one call, and takes over the arrays of `state`.
+        """Takes the steps of one call. The arrays of `state` are donated.
 
         **Arguments:**
 
         - `state`: the state that `init` or the last step returned.
-        - `batch`, `kwargs`: the arguments of `func` after the module. Arrays and numbers are
-            traced; all else is constant, and so are the numbers in modules.
+        - `batch`, `kwargs`: the arguments of `func` after the module. Arrays and Python numbers
+            are traced; everything else is static, including the Python numbers in modules.
 
         **Returns:**
 
-        The next state and the [`vgrad_eqx.Metrics`][]. It does not wait for the results.
+        The next state and the [`vgrad_eqx.Metrics`][], without waiting for their values.
 
         **Raises:**
 
-        - `RuntimeError`: for a state that a step has taken over. An error that the program
-            raises while it runs is raised as it is, and JAX has taken over the state by then.
-        - `TypeError`: for something else than a state; and as [`vgrad_eqx.vector_grad`][].
-        - `ValueError`: for a state of another `train_step`; for a batch without the first axes
-            that `steps_per_call` and `accumulate` ask for; and as
-            [`vgrad_eqx.vector_grad`][]. The state can still be used then.
+        - `RuntimeError`: if `state` has been donated to a step. Errors that the compiled
+            program raises at run time are raised unchanged; by then `state` has been donated.
+        - `TypeError`: if `state` is not a `TrainState`; and as [`vgrad_eqx.vector_grad`][].
+        - `ValueError`: if `state` belongs to another `train_step`; if the batch lacks the
+            leading axes that `steps_per_call` and `accumulate` require; and as
+            [`vgrad_eqx.vector_grad`][]. After these, `state` can still be used.
         """
         ...
 
@@ -120,21 +120,22 @@ class TrainStep(metaclass=_OfTrainer):
         optimizer: Optimizer | StateOptimizer | None = None,
         batch: Sequence[PyTree] | None = None,
     ) -> TrainState[Any]:
-        """Makes the state to begin with.
+        """Creates the initial training state.
 
         **Arguments:**
 
-        - `model`: the module, or any pytree, of which leaves are trained. It stays as it is.
-            None for states by reference.
+        - `model`: the module, or any pytree, whose leaves are trained. It is not modified.
+            Omit it for states by reference.
         - `key`: a PRNG key, which each step splits. If given, `func` is passed `key=...`.
         - `nn_state`: the `equinox.nn.State` of the module, which `func` takes after the
-            module and returns beside the value.
-        - `optimizer`: a [`vgrad_eqx.Optimizer`][] to go on with, such as one of
-            `reselect`, or a [`vgrad_eqx.StateOptimizer`][], of the `tx` of this step. Defaults
-            to a new one.
+            module and returns along with the value.
+        - `optimizer`: a [`vgrad_eqx.Optimizer`][] to continue with, such as one returned by
+            `reselect`, or a [`vgrad_eqx.StateOptimizer`][]. It must have the `tx` of this step.
+            Defaults to a new one.
         - `batch`: an example of the positional arguments, as a tuple. Over states by
-            reference, a state is then made that carries all that `func` uses, as it does
-            after the first step; [`vgrad_eqx.load`][] needs that. Without effect otherwise.
+            reference, the training state then carries every state that `func` uses, as it
+            does after the first step; [`vgrad_eqx.load`][] requires this. Otherwise it has no
+            effect.
 
         **Returns:**
 
@@ -142,24 +143,25 @@ class TrainStep(metaclass=_OfTrainer):
 
         **Raises:**
 
-        - `TypeError`: without a `model`, or with one for states by reference.
-        - `ValueError`: as [`vgrad_eqx.Optimizer`][]; if `optimizer` is of another selection.
+        - `TypeError`: if `model` is missing, or is given for states by reference.
+        - `ValueError`: as [`vgrad_eqx.Optimizer`][]; if `optimizer` updates other leaves than
+            those selected, or has another `tx`.
         """
         ...
 
     def lower(self, state: TrainState[Any], /, *batch: PyTree, **kwargs: PyTree) -> Any:
-        """The step for arguments of these shapes, as `jax.jit(...).lower(...)` gives it."""
+        """Lowers the step for arguments of these shapes, as `jax.jit(...).lower(...)` does."""
         ...
 
 
 class _Trainer:
-    """What a training step knows of its options, and the programs it has compiled."""
+    """The options of a training step and the programs compiled for it."""
 
     def __init__(self, options: Options, grad_states: GradStates):
         self._options = options
         self._grad_states = grad_states
         self._tx = Fingerprinted(options.tx)
-        # The compiled steps, by what tells them apart.
+        # The compiled steps, keyed by their signature.
         self._flat_steps = Cache()
 
     def __reduce__(self) -> Any:
@@ -219,14 +221,14 @@ class _Trainer:
         return state
 
     def _share(self, flat_step: FlatStep) -> FlatStep:
-        """The step that was made alike before, if there is one, which has its programs."""
+        """An equal step made before, if there is one, to reuse its compiled programs."""
         known = self._flat_steps.get(flat_step.signature)
         if known is None:
             self._flat_steps.set(flat_step.signature, flat_step)
         return flat_step if known is None else known
 
     def extend(self, state: TrainState, unknown: UnknownStates) -> TrainState:
-        """The same state, which carries the values of more states by reference."""
+        """The same training state, with the values of more states by reference."""
         flat_step, leaves = state.training.flat_step.extend(state.leaves, unknown)
         training = dataclasses.replace(state.training, flat_step=self._share(flat_step))
         return TrainState(training, leaves, state.count)
@@ -241,8 +243,8 @@ class _Trainer:
     def _init_optimizer(self, model: PyTree, flat: FlatTree, optimizer: Any) -> Optimizer:
         if model is None:
             raise TypeError(
-                "`train_step(...).init(model)` needs the module, of which `grad_states` "
-                "selects leaves. Got none."
+                "`train_step(...).init(model)` needs the module whose leaves `grad_states` "
+                "selects. Got none."
             )
         selector = ft.reduce(operator.or_, self._grad_states.entries)
         names = select(flat, selector, "train_step(grad_states=...)").names
@@ -250,7 +252,7 @@ class _Trainer:
             return Optimizer(self._options.tx, model, selector)
         if not isinstance(optimizer, Optimizer) or optimizer.names != names:
             raise ValueError(
-                "`init(optimizer=...)` must be a `vg.Optimizer` of the leaves that "
+                "`init(optimizer=...)` must be a `vg.Optimizer` for the leaves that "
                 f"`grad_states` selects, {list_names(names)}. Got "
                 f"{list_names(getattr(optimizer, 'names', [type(optimizer).__name__]))}. Use "
                 "`optimizer.reselect(model, selector)`."
@@ -272,7 +274,7 @@ class _Trainer:
             optimizer = StateOptimizer(self._options.tx, states)
         elif not isinstance(optimizer, StateOptimizer) or not _is_same(optimizer, states):
             raise ValueError(
-                "`init(optimizer=...)` must be a `vg.StateOptimizer` of the states that "
+                "`init(optimizer=...)` must be a `vg.StateOptimizer` for the states that "
                 f"`grad_states` names, {show(states)}. Got "
                 f"{show(getattr(optimizer, 'states', optimizer))}."
             )
@@ -282,9 +284,9 @@ class _Trainer:
     def _check_tx(self, optimizer: Optimizer) -> None:
         if optimizer.tx != self._tx:
             raise ValueError(
-                "`init(optimizer=...)` must be of the transformation of `train_step(tx=...)`, "
-                "which takes the steps. Got one of another. Use `optimizer.reselect(model, "
-                "selector, tx=tx)`, or pass its own to `train_step`."
+                "`init(optimizer=...)` must have the transformation of `train_step(tx=...)`, "
+                "which takes the steps. Got another one. Use `optimizer.reselect(model, "
+                "selector, tx=tx)`, or pass the optimizer's own to `train_step`."
             )
 
     def lower(self, state: TrainState, /, *batch: PyTree, **kwargs: object) -> Any:
@@ -298,7 +300,7 @@ class _Trainer:
             release()
 
     def check(self, state: PyTree) -> None:
-        """Refuses what a step cannot take."""
+        """Raises an error for anything that a step cannot take."""
         if not isinstance(state, TrainState):
             raise TypeError(
                 "A training step takes the `TrainState` of `init`, and then the batch: "
@@ -306,21 +308,21 @@ class _Trainer:
             )
         if state.training.flat_step.owner is not self:
             raise ValueError(
-                "A training step takes a state of its own. Got one of another `train_step`. "
-                "Make one by `step.init(state.model, optimizer=state.optimizer)`, with "
-                "`key=state.key` and `nn_state=state.nn_state` where it has these."
+                "A training step takes only its own states. Got one of another `train_step`. "
+                "Make one with `step.init(state.model, optimizer=state.optimizer)`, and pass "
+                "`key=state.key` and `nn_state=state.nn_state` if it has these."
             )
         state.check()
 
 
-# What Python says of a wrong call.
+# Shown by Python's own error for a wrong call.
 _Trainer.init.__qualname__ = "TrainStep.init"
 _Trainer.lower.__qualname__ = "TrainStep.lower"
 
 
 def _make_step(trainer: _Trainer) -> TrainStep:
-    # A method, which shows the options, because Python handles Ctrl-C when any other object has
-    # been called, and nothing has stored its result yet; but not when a method has been.
+    # A bound method, whose `repr` shows the options. After a call of any other object, Python
+    # handles Ctrl-C before the result is stored; after a call of a method it does not.
     def step(
         trainer: _Trainer, state: TrainState, /, *batch: PyTree, **kwargs: object
     ) -> tuple[TrainState, Metrics]:
@@ -356,10 +358,10 @@ def _make_step(trainer: _Trainer) -> TrainStep:
 
 
 def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
-    """Leaves a state to go on with, if there is one, and says what `eqx.error_if` says."""
+    """Leaves a usable state, if there is one, and raises the error of `eqx.error_if`."""
     try:
         if leaves is None and "has been deleted" in str(error):
-            state.check()  # to look before each call would take a share of its time
+            state.check()  # not before each call, which would slow it down
         clear = explain(error)
         if state.is_donated and leaves is not None:
             state.take_over(leaves)
@@ -377,21 +379,20 @@ def _recover(state: TrainState, leaves: Any, error: BaseException) -> None:
 
 
 def _check_parts(key: jax.Array | None, nn_state: PyTree, batch: PyTree) -> None:
-    """Refuses what is not meant for `init`."""
+    """Checks the arguments of `init`."""
     dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0
     is_key = is_typed or (dtype == jnp.uint32 and ndim == 1)
     if key is not None and not is_key:
         raise TypeError(
-            "`init(key=...)` must be a PRNG key, as `jax.random.key(seed)` makes one. Got "
+            "`init(key=...)` must be a PRNG key, such as `jax.random.key(seed)`. Got "
             f"{show(key)}."
         )
     if nn_state is not None and not isinstance(nn_state, eqx.nn.State):
         raise TypeError(
-            "`init(nn_state=...)` must be the `equinox.nn.State` of the module, as "
-            "`eqx.nn.make_with_state` makes it. Got "
-            f"{show(nn_state)}. Other values that change are auxiliary data, or in "
-            "a `vg.State`."
+            "`init(nn_state=...)` must be the `equinox.nn.State` of the module, as returned by "
+            f"`eqx.nn.make_with_state`. Got {show(nn_state)}. Return other values that change "
+            "as auxiliary data, or keep them in a `vg.State`."
         )
     if batch is not None and not isinstance(batch, tuple | list):
         raise TypeError(
@@ -415,58 +416,59 @@ def train_step(
     keep_every: int = 0,
     extra_args: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> TrainStep:
-    """Creates a compiled training step: the gradient of `func`, and a step of `tx`.
+    """Creates a compiled training step: the gradient of `func` and an update by `tx`.
 
-    The state of the training travels as flat arrays, which each step takes over, so a call
-    costs little more than `jax.jit` over a tuple of these arrays, and takes half of the memory
-    of a step that does not take them over. Nothing waits for results, so steps overlap.
+    The training state is kept as flat arrays, which are donated to each step. A call therefore
+    costs little more than `jax.jit` on a tuple of these arrays, and takes half the memory of a
+    step without donation. Calls are dispatched asynchronously, so steps overlap.
 
     **Arguments:**
 
-    - `func`: the loss, `func(model, *batch, **kwargs)`. It returns one array or Quantity, a
-        scalar or a vector of losses: the step goes along the gradient of their sum.
+    - `func`: the loss, called as `func(model, *batch, **kwargs)`. It returns one array or
+        Quantity: a scalar, or a vector of losses, whose sum is differentiated.
     - `tx`: an optax transformation, or a dict from selector to transformation, as in
-        [`vgrad_eqx.Optimizer`][]. It gets those of the extra arguments `value`, `grad`,
-        `value_fn`, `obj_fn` and `grad_fn` that it takes, as line searches do. With
-        `optax.apply_if_finite`, a step that is rejected leaves `nn_state` as it was.
-    - `grad_states`: what is trained: a selector of leaves of the module, or states by
+        [`vgrad_eqx.Optimizer`][]. It is passed those of the extra arguments `value`, `grad`,
+        `value_fn`, `obj_fn` and `grad_fn` that it accepts, as line searches do. If
+        `optax.apply_if_finite` rejects a step, `nn_state` is left unchanged.
+    - `grad_states`: what to train: a selector of leaves of the module, or states by
         reference, as in [`vgrad_eqx.vector_grad`][]. Defaults to all inexact arrays of the
-        module. Over states, `func(*batch)` closes over them.
-    - `has_aux`: whether `func` returns a pair `(value, aux)`. `aux` must be of arrays.
+        module. With states, `func(*batch)` closes over them.
+    - `has_aux`: whether `func` returns a pair `(value, aux)`. `aux` must be a pytree of arrays.
     - `check_states`: as in [`vgrad_eqx.vector_grad`][].
-    - `steps_per_call`: how many steps a call takes, by a `jax.lax.scan` over the first axis
-        of each array of the batch. Metrics are stacked.
-    - `accumulate`: of how many parts of a batch, one after the other, the mean gradient is
-        taken for a step. The parts are the first axis of each array of the batch (the
-        second one with `steps_per_call`). Outputs and auxiliary data are stacked.
-    - `packed`: whether to keep small parameters in common buffers, one for up to 32 of one
-        dtype, and so with each moment of the optimizer. For models of many small arrays,
-        this is several times faster, but compiling takes longer. Larger arrays stay alone.
-    - `grad_norms`: whether the metrics hold the norm of each gradient.
-    - `donate`: whether a step takes over the arrays of its state. If `False`, every state
-        lives on, also when a step fails, and a step takes twice the memory.
-    - `keep_every`: if not zero, every `keep_every`-th state is copied to `state.kept`, to go on
-        with after a step that fails. That takes the memory of one more state, and waits for it.
+    - `steps_per_call`: the number of steps per call, run as a `jax.lax.scan` over the first
+        axis of each array of the batch. Metrics are stacked.
+    - `accumulate`: the number of microbatches per step, whose gradients are averaged. They
+        are processed one after the other, along the first axis of each array of the batch (the
+        second axis with `steps_per_call`). Outputs and auxiliary data are stacked.
+    - `packed`: whether to pack small parameters, up to 32 of the same dtype, into one buffer,
+        and likewise each moment of the optimizer. For models with many small arrays, this is
+        several times faster, but compilation takes longer. Larger arrays are not packed.
+    - `grad_norms`: whether the metrics contain the norm of each gradient.
+    - `donate`: whether to donate the arrays of the state to the step. If `False`, every state
+        remains usable, also when a step fails, and a step takes twice the memory.
+    - `keep_every`: if not zero, every `keep_every`-th state is copied to `state.kept`, to
+        continue from if a step fails. This takes the memory of one more state, and blocks
+        until that state has been computed.
     - `extra_args`: a function of the auxiliary data (`None` without `has_aux`) that returns
-        further extra arguments of `tx`, or others of the names above, as in
+        more extra arguments for `tx`, which take precedence over those above, as in
         [`vgrad_eqx.Optimizer`][]: `lambda aux: {"value": aux["validation_loss"]}`.
 
     **Returns:**
 
-    A function `step(state, *batch) -> (state, metrics)`, with the methods `init`, which makes
+    A function `step(state, *batch) -> (state, metrics)`, with the methods `init`, which creates
     the first [`vgrad_eqx.TrainState`][], and `lower`. `metrics` is a
     [`vgrad_eqx.Metrics`][].
 
     With `step.init(model, key=key)`, `func` is passed a fresh `key=...` at each step. With
-    `step.init(model, nn_state=nn_state)`, it is `func(model, nn_state, *batch)`, and returns
-    `(value, nn_state)`, or `(value, (nn_state, aux))` if `has_aux`.
+    `step.init(model, nn_state=nn_state)`, it is called as `func(model, nn_state, *batch)` and
+    must return `(value, nn_state)`, or `(value, (nn_state, aux))` if `has_aux`.
 
     **Raises:**
 
-    - `TypeError`: at once, if `func` or `extra_args` is not callable or `tx` is no optax
-        transformation; if `steps_per_call`, `accumulate` or `keep_every` is no int.
-    - `ValueError`: at once, if one of those is below 1, or `keep_every` below 0. For the
-        errors of `init` and of the step, see there.
+    - `TypeError`: at once, if `func` or `extra_args` is not callable, if `tx` is not an optax
+        transformation, or if `steps_per_call`, `accumulate` or `keep_every` is not an int.
+    - `ValueError`: at once, if `steps_per_call` or `accumulate` is below 1, or `keep_every` is
+        below 0. `init` and the step list their own errors.
 
     **Example:**
 

@@ -5,9 +5,9 @@ from typing import Any
 
 
 class Cache:
-    """A dict that is emptied when it is full. What does not hash or compare is not in it.
+    """A dict that is emptied when it is full. It ignores keys that do not hash or compare.
 
-    In JAX 0.12, a structure with an array in a static field hashes, and raises when it is
+    In JAX 0.12, a structure with an array in a static field is hashable, but raises when it is
     compared.
     """
 
@@ -31,7 +31,7 @@ class Cache:
 
 
 def is_equal(value: object, other: object) -> bool:
-    """Whether two values are of one type and equal. What does not compare is not."""
+    """Whether two values have the same type and are equal. `False` if comparison raises."""
     if value is other:
         return True
     try:

@@ -1,4 +1,4 @@
-"""A guard before JAX flattens what a user gave."""
+"""A check of users' pytrees before JAX flattens them."""
 
 from collections.abc import Iterable
 from types import FunctionType, NoneType
@@ -13,15 +13,15 @@ from .types import PyTree
 
 
 _DEEPEST = 900  # JAX flattens a little more
-# Types of leaves that are met so often that it would show to ask JAX for their children. Those
-# of arrays, which have no public names, are added when they are seen.
+# Types of leaves so common that asking JAX for their children would be slow. Array types, which
+# have no public names, are added when first seen.
 _LEAVES = {str, int, float, bool, NoneType, FunctionType, np.ndarray}
 
 
 def refuse_endless(tree: PyTree) -> None:
-    """Refuses a pytree that holds itself, after which JAX (0.12) breaks the interpreter.
+    """Raises an error for a pytree that contains itself, which crashes Python in JAX 0.12.
 
-    It takes a third of the time in which JAX flattens a module.
+    It takes a third of the time that JAX takes to flatten a module.
     """
     level: Any = [tree]
     for _ in range(_DEEPEST):
@@ -34,8 +34,8 @@ def refuse_endless(tree: PyTree) -> None:
         if not level:
             return
     raise ValueError(
-        f"A pytree must not hold itself, or be nested more than {_DEEPEST} deep. Got such a "
-        f"`{type(tree).__name__}`."
+        f"A pytree must not contain itself, or be nested more than {_DEEPEST} levels deep. Got "
+        f"such a `{type(tree).__name__}`."
     )
 
 
@@ -46,7 +46,7 @@ def _list_children(node: Any) -> Iterable[Any]:
     if node_type is list or node_type is tuple:
         return node
     if eqx.Module in node_type.__mro__:
-        # Also of static fields, in which nothing has a cycle. `vars` takes ten times as long.
+        # Static fields are included; they have no cycles. `vars` would be ten times slower.
         return object.__getattribute__(node, "__dict__").values()
     if isinstance(node, jax.Array):
         _LEAVES.add(node_type)

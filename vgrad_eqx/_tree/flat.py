@@ -1,4 +1,4 @@
-"""A flattened pytree: its leaves, their names, and a split into some of them and the rest."""
+"""A flattened pytree: its leaves, their names, and a split into chosen leaves and the rest."""
 
 import dataclasses
 import functools as ft
@@ -21,15 +21,16 @@ from .units import attach_unit, make_quantity_test, split_units
 
 
 class FlatTree:
-    """The leaves of a pytree, of which a Quantity is one, with their dotted paths.
+    """The leaves of a pytree with their dotted paths. A Quantity is a single leaf.
 
-    `numbers` are the leaves with what is in the Quantities, and `units` their units, or `None`
-    if there is no Quantity. `differentiable` are the indices of the leaves with a gradient.
+    `numbers` are the leaves with each Quantity replaced by its mantissa, and `units` are their
+    units, or `None` if there is no Quantity. `differentiable` are the indices of the leaves
+    that can have a gradient.
     """
 
     def __init__(self, tree: PyTree):
         self.tree = tree
-        # Looked up here, so that a call enters the module of units only where there are any.
+        # Looked up here, so that `units.py` is not called if there are no units.
         self._is_leaf = is_leaf = make_quantity_test() if "saiunit" in sys.modules else None
         refuse_endless(tree)
         self.leaves, self.structure = jtu.tree_flatten(tree, is_leaf=is_leaf)
@@ -55,11 +56,11 @@ class FlatTree:
         return list(map(name_of, self.key_paths))
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
-        """The pytree with other leaves."""
+        """The pytree with these leaves instead."""
         return jtu.tree_unflatten(self.structure, leaves)
 
     def split(self, indices: Sequence[int]) -> "Split":
-        """Takes the leaves at `indices` out."""
+        """Splits off the leaves at `indices`."""
         constants = list(self.leaves)
         for i in indices:
             constants[i] = None
@@ -70,15 +71,15 @@ class FlatTree:
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Rest:
-    """What remains of a pytree without some of its leaves. Each is equal to itself alone.
+    """What remains of a pytree without some of its leaves. It equals only itself.
 
-    The leaves are numbers: what is in a Quantity, whose unit remains here.
+    Units remain here: a Quantity that was split off is represented by its mantissa.
     """
 
     structure: Any
-    constants: Sequence[Any]  # all leaves, with `None` in the place of those taken out
+    constants: Sequence[Any]  # all leaves, with `None` in place of those split off
     indices: Sequence[int]
-    units: Sequence[Any] | None  # of the leaves taken out, unless no leaf at all has one
+    units: Sequence[Any] | None  # of the leaves split off, unless no leaf at all has one
 
     def combine(self, numbers: Sequence[Any]) -> Any:
         """The pytree, with these numbers in its leaves."""
@@ -91,17 +92,17 @@ class Rest:
         return jtu.tree_unflatten(self.structure, leaves)
 
     def arrange(self, entries: Sequence[Any]) -> Any:
-        """A pytree with any entries in the place of the leaves, and `None` in all others."""
+        """The pytree with these entries in place of the split leaves, and `None` elsewhere."""
         blank = [None] * self.structure.num_leaves
         return jtu.tree_unflatten(self.structure, replace_at(blank, self.indices, entries))
 
 
 @jtu.register_pytree_node_class
 class Split:
-    """A pytree as some of its leaves, the rest, and the way back.
+    """A pytree split into some of its leaves and the rest, which can be combined again.
 
-    To JAX it is a pytree of these leaves, so a compiled function may return one, whatever the
-    rest holds.
+    To JAX, it is a pytree of these leaves, so a compiled function can return one, whatever the
+    rest contains.
     """
 
     __slots__ = ("diff", "rest")
@@ -122,7 +123,7 @@ class Split:
 
 
 def split_arrays(tree: PyTree, is_array: Callable[[Any], bool]) -> Split:
-    """Splits a pytree, whose Quantities are nodes, into its arrays and the rest."""
+    """Splits a pytree into its arrays and the rest. Here, Quantities are nodes."""
     refuse_endless(tree)
     leaves, structure = jtu.tree_flatten(tree)
     indices = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
@@ -150,12 +151,12 @@ def is_scalar(leaf: object) -> bool:
 
 
 def widen(dtype: DTypeLike) -> Any:
-    """The dtype to add and average in, which is float32 for smaller ones."""
+    """The dtype to compute sums and means in, which is at least float32."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
 def cast(leaf: Any, dtype: Any) -> Any:
-    """A number as a JAX array of this dtype, also where it is only weakly of it."""
+    """A number as a JAX array of this dtype, without a weak type."""
     is_kept = eqx.is_array(leaf) and leaf.dtype == dtype and not jax.typeof(leaf).weak_type
     return leaf if is_kept else jnp.asarray(leaf, dtype)
 

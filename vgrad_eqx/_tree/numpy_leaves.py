@@ -1,4 +1,4 @@
-"""NumPy arrays among traced arguments, which a predicate must still tell from JAX arrays."""
+"""NumPy arrays among traced arguments, which predicates must distinguish from JAX arrays."""
 
 import contextlib
 import threading
@@ -9,13 +9,13 @@ import numpy as np
 
 
 class _NumPyLeaf(np.ndarray):
-    """What a predicate sees of a NumPy array that is traced: all but its values."""
+    """What a predicate sees of a traced NumPy array: everything but its values."""
 
 
 def _refuse(self: Any, *args: object, **kwargs: object) -> NoReturn:
     raise TypeError(
-        "A predicate may use the shape and the dtype of an array that is traced, but not its "
-        "values. Select by a path, or outside of `vg.jit`."
+        "A predicate may use the shape and dtype of a traced array, but not its values. Select "
+        "with a path, or outside of `vg.jit`."
     )
 
 
@@ -38,9 +38,9 @@ _traced = _Traced()
 
 @contextlib.contextmanager
 def remember_types(tracers: Sequence[Any], types: Sequence[type]) -> Iterator[list[bool]]:
-    """For a function whose traced arguments had these types.
+    """A context in which predicates know the types that traced arguments had.
 
-    At the end, the list says whether a predicate was asked, so that the types matter.
+    At the end, the list says whether a predicate was called, so that the types matter.
     """
     before, answer = (_traced.arrays, _traced.is_asked), []
     pairs = zip(tracers, types, strict=True)

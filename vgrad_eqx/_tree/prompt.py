@@ -1,4 +1,4 @@
-"""What objects look like at the prompt."""
+"""How objects are shown at the prompt."""
 
 from collections.abc import Iterable, Set
 from typing import Any, ClassVar
@@ -13,9 +13,9 @@ from .text import print_on_one_line
 
 
 class AtPrompt:
-    """An object that is printed by its `repr`, also inside of a module that Equinox prints.
+    """An object that is printed with its `repr`, even inside a module that Equinox prints.
 
-    Completion by tab leaves out the attributes that are for other rooms.
+    Tab completion leaves out the attributes that are only for other rooms.
     """
 
     __slots__ = ()
@@ -30,7 +30,7 @@ class AtPrompt:
 
 
 def brief(value: object) -> str:
-    """A value in a few words: a function by its qualified name, what is long by its size."""
+    """A short text for a value: the name of a function, or the size of a long value."""
     name = getattr(value, "__qualname__", None)
     if isinstance(name, str) and callable(value) and not isinstance(value, AtPrompt):
         return name
@@ -49,7 +49,7 @@ class _Shown(str):
 
 
 def _show_numbers(value: Any) -> Any:
-    """The numbers in a short dict of arrays, or in one, instead of their dtypes."""
+    """Shows scalar arrays, alone or in a short dict, as numbers instead of dtypes."""
     if type(value) is dict and len(value) <= _MOST_NUMBERS:
         return {key: _show_numbers(each) for key, each in value.items()}
     return _Shown(value) if _is_known_number(value) else value
@@ -65,6 +65,6 @@ def _is_known_number(leaf: object) -> bool:
 
 
 def write_call(name: str, *args: object, **options: object) -> str:
-    """The call that makes an object. Options that are `None` are left out."""
+    """The call that creates an object. Options that are `None` are left out."""
     texts = [f"{name}={brief(value)}" for name, value in options.items() if value is not None]
     return f"{name}({', '.join([*map(brief, args), *texts])})"

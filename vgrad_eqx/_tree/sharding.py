@@ -1,4 +1,4 @@
-"""How arrays are sharded over devices, and others like them."""
+"""Shardings of arrays, and how to give them to other arrays."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def shard_like(arrays: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-    """Asks the compiler to shard each array as the leaf of its shape and dtype.
+    """Asks the compiler to shard each array like the leaf with its shape and dtype.
 
-    While it is traced, a leaf does not tell on which devices it will be, unless its axes are
-    explicit, and then JAX keeps them for its gradient. So the two are tied together: compilers
-    shard the operands and the result of an elementwise operation alike, and remove one that
-    always chooses the same side.
+    A traced leaf does not know its devices, unless its mesh axes are explicit, and then JAX
+    gives them to its gradient. So the two are tied together: the compiler shards the operands
+    and the result of an elementwise operation alike, and removes a `where` that always chooses
+    the same side.
     """
     if not _is_automatic(jax.sharding.get_abstract_mesh()):
         return list(arrays)
@@ -27,7 +27,7 @@ def _is_automatic(mesh: Any) -> bool:
 
 
 def spread(arrays: Sequence[Any], others: Sequence[Any] = ()) -> list[Any]:
-    """Puts arrays on one device on all those of the rest, if there is one on several."""
+    """Replicates arrays that are on one device, if another array is on several devices."""
     shardings = [getattr(array, "sharding", None) for array in (*arrays, *others)]
     for sharding in shardings:
         if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
@@ -40,7 +40,7 @@ def spread(arrays: Sequence[Any], others: Sequence[Any] = ()) -> list[Any]:
 
 
 def find_sharding(array: jax.Array) -> NamedSharding | None:
-    """The sharding of an array that JAX would not keep by itself."""
+    """The sharding of an array that JAX would not preserve automatically."""
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return None

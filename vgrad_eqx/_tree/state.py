@@ -33,38 +33,39 @@ _T = TypeVar("_T")
 class State(AtPrompt, Generic[_T]):
     """A named reference to a value, which a function may read and set.
 
-    Functions share a state by closing over it. Compiled functions read its current value at
-    each call, and set it. Its shapes, dtypes and structure are fixed for life, because
-    compiled functions rely on them.
+    Functions share a state by closing over it. Compiled functions read its current value and
+    set it at each call. Its shapes, dtypes and structure never change, because compiled
+    functions rely on them.
 
-    Threads may read it, and differentiate by it, at once. But JAX does not let two threads run
-    compiled functions at once that use the same state.
+    Several threads may read it and differentiate with respect to it at the same time, but JAX
+    does not allow two threads to run compiled functions that use the same state at the same
+    time.
 
-    To JAX it is a `jax.Ref` for each array. In the fields of an Equinox module it is a leaf,
-    shared by copies of the module; `copy.deepcopy` and `pickle` make a state of its own.
-    Subclasses tell kinds of states apart, as in `vg.instance(Hidden)`.
+    To JAX, it is one `jax.Ref` per array. As a field of an Equinox module, it is a leaf, which
+    copies of the module share; `copy.deepcopy` and `pickle` create an independent state.
+    Subclasses can distinguish kinds of states, as in `vg.instance(Hidden)`.
 
     **Arguments:**
 
-    - `value`: the first value, any pytree. Its JAX and NumPy arrays may be set to others of
+    - `value`: the initial value, any pytree. Its JAX and NumPy arrays may be set to others with
         the same shape and dtype; all other leaves are fixed. A value that is itself a Python
-        number becomes an array, and so does a Quantity of one. A Quantity may be set to one of
-        the same dimension, which is converted to its unit.
-    - `name`: what to call it in errors. Defaults to nothing.
+        number, or a Quantity of one, becomes an array. A Quantity may be set to another one of
+        the same dimension, which is converted to the unit of the first.
+    - `name`: the name to use in error messages. Defaults to none.
 
     **Returns:**
 
-    A state. Its `value` is read and set, by reading and setting the attribute. It also has
-    the `name`.
+    A state. Read and set its value through the attribute `value`. It also has the attribute
+    `name`.
 
     **Raises:**
 
-    - `TypeError`: if there is no array in `value`.
-    - `ValueError`: on setting a value of another structure, shape, dtype or dimension, and
-        on setting any under `jax.vmap`. The state keeps its old value then.
-    - `RuntimeError`: on reading, after a function under `jax.jit` that uses the state has
-        failed at run time. JAX has taken the array of the state then; set its `value` anew.
-        Under [`vgrad_eqx.jit`][], which donates none, it has its old value instead.
+    - `TypeError`: if `value` contains no array.
+    - `ValueError`: on setting a value that differs in structure, shape, dtype or dimension, and
+        on setting any value under `jax.vmap`. The state then keeps its old value.
+    - `RuntimeError`: on reading, if a function under `jax.jit` that uses the state has failed
+        at run time. JAX has then donated the array of the state, and its `value` must be set
+        again. Under [`vgrad_eqx.jit`][], which does not donate it, it keeps its old value.
 
     **Example:**
 
@@ -91,14 +92,14 @@ class State(AtPrompt, Generic[_T]):
         if isinstance(value, bool | int | float | complex):
             value = np.asarray(value)  # pyright: ignore[reportAssignmentType]
         flat = FlatTree(value)
-        # Those that are pytrees keep their unit.
+        # Quantities of other libraries that are pytrees keep their unit.
         refuse_foreign(flat.leaves, "State(value=...)")
         arrays = flat.split([i for i, leaf in enumerate(flat.leaves) if _holds_array(leaf)])
         if not arrays.diff:
             raise TypeError(f"`State(value=...)` must hold an array. Got {show(value)}.")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"`State(name=...)` must be a string. Got {show(name)}.")
-        # The value, with a reference in the place of each array.
+        # The value, with a reference in place of each array.
         self.content = Split(list(map(_make_ref, arrays.diff)), arrays.rest)
         self.name = name
         self.stand_ins = [StandIn(ref, self) for ref in self.refs if not is_traced(ref)]
@@ -119,7 +120,7 @@ class State(AtPrompt, Generic[_T]):
             raise ValueError(
                 f"The value of {self!r} must keep its structure, shapes and dtypes, and "
                 f"the dimensions of units, {self._describe()}. Got "
-                f"{show(value)}. Make another state for it."
+                f"{show(value)}. Create another state for it."
             )
         pairs = zip(self.refs, arrays, strict=True)
         arrays = [x if eqx.is_array(x) else jnp.asarray(x, ref.dtype) for ref, x in pairs]
@@ -167,32 +168,32 @@ class State(AtPrompt, Generic[_T]):
         attributes = (getattr(self, "__dict__", None) or None, others)
         return _make_state, (type(self), self.value, self.name), attributes
 
-    # Without these, NumPy would make an array of objects of it, and Equinox, when it saves a
-    # module, would leave it out and say nothing.
+    # Without this, NumPy would make an object array of it, and Equinox would silently skip it
+    # when saving a module.
     def __array__(self, *args: object, **kwargs: object) -> Any:
         raise TypeError(self._describe_mistake())
 
-    # Raises when it is looked for, since JAX does not call it everywhere, and another error
-    # than a `TypeError`, in the place of which JAX raises its own.
+    # Raises on lookup, since JAX does not always call it; and not a `TypeError`, which JAX
+    # would replace with its own.
     @property
     def __jax_array__(self) -> Any:
         raise ValueError(self._describe_mistake())
 
     def _describe_mistake(self) -> str:
         return (
-            f"{self!r} is a reference and no array. Take its `value`. To save the states of a "
+            f"{self!r} is a reference, not an array. Use its `value`. To save the states of a "
             "module, use `vg.save`."
         )
 
     def __getattr__(self, name: str) -> Any:
-        hint = " It is a reference. Take its `value`." if hasattr(jax.Array, name) else ""
+        hint = " It is a reference. Use its `value`." if hasattr(jax.Array, name) else ""
         raise AttributeError(
             f"`{type(self).__name__}` has no attribute `{name}`.{hint}", name=name, obj=self
         )
 
 
-# What people do with arrays, and so with a state whose `value` they forgot. But two states
-# compare, because they are keys of dicts.
+# Array operations, which users try on a state when they forget its `value`. Equality is left
+# alone, because states may be dict keys.
 _BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or".split()
 _OTHERS = (
     "lt le gt ge neg pos abs invert getitem setitem len bool int float complex round".split()
@@ -208,7 +209,7 @@ def _make_state(cls: type[State], value: object, name: str | None) -> State:
 
 
 def refuse_brainstate(leaves: Sequence[Any], caller: str) -> None:
-    """Raises if there are states or modules of brainstate among leaves."""
+    """Raises an error if a leaf is a state or module of brainstate."""
     if "brainstate" not in sys.modules:
         return
     for leaf in leaves:
@@ -218,8 +219,8 @@ def refuse_brainstate(leaves: Sequence[Any], caller: str) -> None:
             raise TypeError(
                 f"`{caller}` must not hold objects of brainstate. Got a "
                 f"`{type(leaf).__name__}`. Use `vg.State(value)` for it, or the arrays in "
-                "`states` of `graphdef, states = brainstate.graph.treefy_split(net)`, and put "
-                "the net together by `brainstate.graph.treefy_merge` in `func`."
+                "`states` of `graphdef, states = brainstate.graph.treefy_split(net)`, and "
+                "rebuild the net with `brainstate.graph.treefy_merge` in `func`."
             )
 
 
@@ -227,12 +228,12 @@ def is_reference(node: object) -> bool:
     return isinstance(node, State | jax.Ref)
 
 
-# Whether a state was ever made. Without one, no call has to look after any.
+# Set once a state has been created. Until then, calls skip all handling of states.
 exists = threading.Event()
 
 
 class Overlay(jax.core.Trace):
-    """Values in the place of those in references, while a function runs."""
+    """Values that replace those in references while a function runs."""
 
     busy: Any = None  # the operation that JAX evaluates
 
@@ -242,17 +243,17 @@ class _Active(threading.local):
         self.overlays: list[Any] = []
 
 
-# The overlays of this thread. The last one counts.
+# The overlays of this thread. The last one is in effect.
 active = _Active()
 
 
-# What evaluates operations at once.
+# The trace that evaluates operations eagerly.
 with jax.ensure_compile_time_eval(), take_current_trace() as _evaluation:
     pass
 
 
 def is_evaluating() -> bool:
-    """Whether operations are evaluated now, on the values that states have."""
+    """Whether operations are evaluated eagerly, on the actual values of states."""
     with take_current_trace() as trace:
         return trace is _evaluation and not active.overlays
 
@@ -267,7 +268,7 @@ class _StandInTrace(jax.core.Trace):
         return "A state" if state is None else repr(state)
 
     def is_valid(self) -> bool:
-        """JAX asks this whenever an operation takes a stand-in."""
+        """Called by JAX whenever an operation takes a stand-in."""
         overlay = active.overlays[-1] if active.overlays else None
         if overlay is None or overlay.busy is not None:
             where = "after the call" if overlay is None else f"inside of `{overlay.busy}`"
@@ -279,10 +280,10 @@ class _StandInTrace(jax.core.Trace):
 
 
 class StandIn(jax.core.Tracer):
-    """What a function sees of the value of a state, where JAX traces it by itself.
+    """Stands for the value of a state in a function that JAX traces separately.
 
-    The function may be cached, so there is one for each reference, for life. The overlay that
-    evaluates the function knows the value.
+    The function may be cached, so each reference has one stand-in for its whole life. The
+    overlay that evaluates the function supplies the value.
     """
 
     __slots__ = ("describe", "ref", "state")
@@ -304,7 +305,7 @@ def find_stand_in(ref: object) -> StandIn | None:
 
 
 def describe(ref: object) -> str:
-    """What errors call a reference."""
+    """The name of a reference in errors."""
     stand_in = find_stand_in(ref)
     return "A `jax.Ref`" if stand_in is None else stand_in.describe()
 
@@ -318,11 +319,11 @@ mlir.register_lowering(hold_p, lambda ctx, value: [value])
 
 
 def hold(value: object) -> Any:
-    """The value itself, as the result of an operation."""
+    """The value unchanged, as the result of an operation."""
     return hold_p.bind(value)
 
 
-# JAX takes the buffer of a reference away while it reads it.
+# JAX removes the buffer of a reference while reading it.
 lock = threading.RLock()
 
 
@@ -342,13 +343,13 @@ def read(ref: jax.Ref) -> Any:
             raise
         raise RuntimeError(
             f"{describe(ref)} has lost its value: JAX had taken its array for a compiled "
-            "function, which then failed. Set its `value`, say to that of a checkpoint, and "
+            "function, which then failed. Set its `value`, for example from a checkpoint, and "
             "call the function again. Under `vg.jit`, states keep their old values."
         ) from error
 
 
 def write(ref: jax.Ref, value: object, name: object = None) -> Any:
-    """Sets a reference, or says what to do where JAX cannot. Returns the old value."""
+    """Sets a reference, with a clear error where JAX cannot. Returns the old value."""
     overlay = active.overlays[-1] if active.overlays and not is_traced(ref) else None
     if overlay is not None and overlay.is_current():
         return overlay.write(ref, value)
@@ -363,14 +364,14 @@ def write(ref: jax.Ref, value: object, name: object = None) -> Any:
             if "vmapped" in str(error):
                 raise ValueError(
                     f"{name} cannot be set inside of `jax.vmap`, where each element would "
-                    "set it. Return the value from the function that is mapped, and set it "
+                    "set it. Return the value from the mapped function, and set it "
                     "outside of `jax.vmap`."
                 ) from error
-            ref[...] = old  # JAX has set it before it raised
+            ref[...] = old  # JAX sets it before raising
             raise ValueError(
                 f"{name} cannot be set to a value that another transformation "
-                "differentiates. Differentiate by an operator of `vgrad_eqx`, which passes it "
-                "on, or return it as auxiliary data and set it afterwards."
+                "differentiates. Differentiate with an operator of `vgrad_eqx`, which supports "
+                "this, or return the value as auxiliary data and set it afterwards."
             ) from error
 
 
@@ -392,24 +393,24 @@ def _swap(ref: jax.Ref, value: object) -> Any:
     except RuntimeError as error:
         if "deleted" not in str(error) or isinstance(value, jax.core.Tracer):
             raise
-    # JAX keeps the array of a reference in a place that is not public, and reads it to swap.
+    # JAX keeps the array of a reference in a private attribute, and reads it to swap.
     ref._refs._buf = jax.new_ref(value)._refs._buf  # noqa: SLF001
     return value
 
 
 def find_arrays(refs: Sequence[jax.Ref]) -> list[Any]:
-    """The arrays in references, not copied (which takes 0.2 ms), so they are not for users."""
+    """The arrays in references, not copied (which takes 0.2 ms). Never give them to users."""
     arrays = [ref._refs._buf for ref in refs]  # noqa: SLF001
     if any(map(operator.methodcaller("is_deleted"), arrays)):
         for ref in refs:
-            read(ref)  # which says what has happened
+            read(ref)  # raises a clear error
     return arrays
 
 
 def set_arrays(refs: Sequence[jax.Ref], old: Sequence[Any], new: Mapping[int, Any]) -> None:
-    """Sets references, by their index, to arrays that nobody else holds.
+    """Sets references, by their index, to arrays that nothing else refers to.
 
-    All or none, whenever an interrupt comes. Raises if one is not what it was before.
+    All or none is set, even on an interrupt. Raises an error if one has changed since `old`.
     """
     homes = [refs[i]._refs for i in new]  # noqa: SLF001
     with lock:
@@ -417,7 +418,7 @@ def set_arrays(refs: Sequence[jax.Ref], old: Sequence[Any], new: Mapping[int, An
             if home._buf is not old[i]:  # noqa: SLF001
                 raise RuntimeError(
                     f"{describe(refs[i])} was set elsewhere while a function under `vg.jit` "
-                    "ran that sets it, and has kept that value. Let one run after the other."
+                    "that sets it was running, and keeps that value. Run one after the other."
                 )
         collections.deque(map(setattr, homes, itertools.repeat("_buf"), new.values()), 0)
 

@@ -1,4 +1,4 @@
-"""Parts of error messages, and the errors that many functions share."""
+"""Parts of error messages, and errors that many functions share."""
 
 import difflib
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ _MOST_COMPARED = 2000
 
 
 def shorten(texts: Sequence[str], most: int = 5, separator: str = ", ") -> str:
-    """The first of them, and how many there are besides."""
+    """The first few texts, and the number of the others."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
     return separator.join([*texts[:most], *more])
 
 
 def show(value: object) -> str:
-    """A value as it is named in an error, on one line: what is long by its class alone."""
+    """A value as shown in an error, on one line. A long value is shown by its class."""
     kind = f"a `{type(value).__name__}`"
     name = getattr(value, "__name__", None)
     if isinstance(name, str) and callable(value):
@@ -37,7 +37,7 @@ def show(value: object) -> str:
 
 
 def print_on_one_line(value: object, **options: Any) -> str | None:
-    """As Equinox prints a value, or `None` if that is long."""
+    """The text that Equinox prints for a value, or `None` if it is long."""
     try:
         refuse_endless(value)
         if len(jtu.tree_leaves(value)) > _MOST_LEAVES:
@@ -49,19 +49,19 @@ def print_on_one_line(value: object, **options: Any) -> str | None:
 
 
 def quote(name: str, mark: str = "`") -> str:
-    """A name between two marks, of which the middle is left out if it is long."""
+    """A name in quotation marks. The middle of a long name is left out."""
     shown = name if len(name) <= 60 else f"{name[:30]}...{name[-27:]}"
     return f"{mark}{shown}{mark}"
 
 
 def check_flag(flag: object, caller: str) -> None:
-    """Refuses what is no bool, such as an argument at the wrong position."""
+    """Raises an error for anything but a bool, such as an argument at the wrong position."""
     if not isinstance(flag, bool | np.bool_):
         raise TypeError(f"`{caller}` must be True or False. Got {show(flag)}.")
 
 
 def name_shapes(arrays: Sequence[Any]) -> str:
-    """The dtypes and shapes of arrays, to be read."""
+    """The dtypes and shapes of arrays, as text."""
     shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
     return shorten([eqx.tree_pformat(shape, struct_as_array=True) for shape in shapes])
 
@@ -73,7 +73,7 @@ def names_without_leaves(tree: PyTree) -> list[str]:
 
 
 def near_misses(text: str, flat: FlatTree) -> str:
-    """A sentence with the paths that are spelled most like `text`, or what is at that path."""
+    """A sentence with the paths closest to `text`, or with what is at that path."""
     if text in flat.names:
         return f"There is {show(flat.leaves[flat.names.index(text)])} at that path."
     if text in names_without_leaves(flat.tree):
@@ -93,7 +93,7 @@ def near_misses(text: str, flat: FlatTree) -> str:
     )
     if not names:
         return "It has no leaves."
-    # What comes after `**` is compared with as many last segments.
+    # What follows `**` is compared with the same number of trailing segments.
     tail = text.removeprefix("**.")
     num_segments = 0 if tail == text else tail.count(".") + 1
     tails: dict[str, str] = {}

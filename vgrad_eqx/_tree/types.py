@@ -1,11 +1,11 @@
-"""Names for what Python's types cannot say."""
+"""Type aliases for what Python's types cannot express."""
 
 from typing import Any, TypeAlias
 
 
-# Any pytree. `jaxtyping.PyTree` is an unknown type to checkers, and strict ones complain of it.
+# Any pytree. Type checkers do not know `jaxtyping.PyTree`, and strict ones complain about it.
 PyTree: TypeAlias = Any
 
-# A unit of brainunit, which is not imported before it is used. By its own annotations,
-# `mV / ms` may be a Quantity.
+# A unit of brainunit, which is imported lazily. By its own annotations, `mV / ms` may be a
+# Quantity.
 Unit: TypeAlias = Any

@@ -1,4 +1,4 @@
-"""All that is known here about units; the only module that looks at brainunit."""
+"""Everything about units; the only module that imports brainunit."""
 
 import functools as ft
 import sys
@@ -13,10 +13,10 @@ from .types import PyTree, Unit
 
 
 def quantity_test() -> Callable[[Any], bool] | None:
-    """The test for a Quantity, or `None` as long as nobody has imported brainunit.
+    """The test for a Quantity, or `None` if brainunit has not been imported.
 
-    Importing brainunit takes longer than half of the rest, so a Quantity is looked for
-    only where one can exist; and testing each node of a pytree costs, too.
+    Importing brainunit takes longer than half of everything else, so Quantities are only
+    searched for where they can exist; testing each node of a pytree also takes time.
     """
     return make_quantity_test() if "saiunit" in sys.modules else None
 
@@ -30,14 +30,14 @@ def make_quantity_test() -> Callable[[Any], bool]:
 
 
 def refuse_foreign(tree: PyTree, caller: str) -> None:
-    """Refuses quantities of other libraries, whose units would be lost or wrong."""
+    """Raises an error for quantities of other libraries, whose units would be lost or wrong."""
     refuse_endless(tree)
     nodes = filter(_is_foreign, jtu.tree_leaves(tree, is_leaf=_is_foreign))
     for node in nodes:
         library = type(node).__module__.partition(".")[0]
         raise TypeError(
-            f"`{caller}` knows the units of brainunit alone. Got a `{type(node).__name__}` of "
-            f"`{library}`. Pass its number in a fixed unit, or a `brainunit.Quantity`."
+            f"`{caller}` supports only units of brainunit. Got a `{type(node).__name__}` of "
+            f"`{library}`. Pass its value in a fixed unit, or a `brainunit.Quantity`."
         )
 
 
@@ -52,7 +52,7 @@ def _is_foreign(node: object) -> bool:
 
 
 def split_unit(leaf: Any) -> tuple[Any, Any]:
-    """The number in a leaf and its unit, which is `None` if it is no Quantity."""
+    """The mantissa and the unit of a leaf, or the leaf and `None` if it is not a Quantity."""
     is_quantity = quantity_test()
     if is_quantity is not None and is_quantity(leaf):
         return leaf.mantissa, leaf.unit
@@ -60,7 +60,7 @@ def split_unit(leaf: Any) -> tuple[Any, Any]:
 
 
 def split_units(leaves: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The numbers in leaves, and their units."""
+    """The mantissas of leaves, and their units."""
     return tuple(zip(*map(split_unit, leaves), strict=True))  # pyright: ignore[reportReturnType]
 
 
@@ -74,7 +74,7 @@ def attach_unit(number: ArrayLike, unit: Unit) -> Any:
 
 
 def scale_number(number: ArrayLike, factor: float) -> Any:
-    """The product, for which nothing is done if the factor is one."""
+    """The product, or the number itself if the factor is one."""
     return number if factor == 1.0 else number * factor
 
 
@@ -99,7 +99,7 @@ def multiply_units(unit: Unit, by: Unit) -> Any:
 
 
 def divide_units(unit: Unit, by: Unit) -> tuple[float, Any]:
-    """A factor and a unit, which is `None` where the quotient has no dimension."""
+    """A factor and a unit, which is `None` if the quotient is dimensionless."""
     quotient = find_quotient(unit, by)
     if quotient is not None and quotient.dim.is_dimensionless:
         return quotient.magnitude, None
@@ -107,7 +107,7 @@ def divide_units(unit: Unit, by: Unit) -> tuple[float, Any]:
 
 
 def find_factor(unit: Unit, to: Unit) -> float | None:
-    """What converts a number in one unit to another, or `None` if their dimensions differ."""
+    """The factor that converts one unit to another, or `None` if their dimensions differ."""
     if unit is None and to is None:
         return 1.0
     unit, to = _as_unit(unit), _as_unit(to)
