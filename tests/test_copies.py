@@ -93,4 +93,4 @@ def test_a_step_is_a_function():
     assert step != other
     assert len({step, step, other}) == 2
     assert copy.deepcopy(step) == step
-    assert "takes over the arrays" in str(step.__doc__)
+    assert "are donated" in str(step.__doc__)

@@ -441,5 +441,5 @@ def test_a_function_without_a_hash_is_refused():
         def __call__(self, x):
             return self.factor * x
 
-    with pytest.raises(TypeError, match="must have a hash. Got .*Scale"):
+    with pytest.raises(TypeError, match="must be hashable. Got .*Scale"):
         vg.jit(Scale(2.0))

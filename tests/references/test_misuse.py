@@ -83,8 +83,8 @@ def test_a_state_that_is_not_touched_is_named():
     cases = {
         r"`b`, State\(f(32|64)\[2\], name='idle'\)": {"a": w, "b": idle},
         r"`1`, State\(f(32|64)\[2\], name='idle'\)": [w, idle],
-        r"touch State\(f(32|64)\[2\], name='idle'\)\. Leave": idle,
-        r"`layers.0`, State\(.*; `layers.1`, a `jax.Ref`\. Leave": {"layers": [idle, ref]},
+        r"touch State\(f(32|64)\[2\], name='idle'\)\. Remove": idle,
+        r"`layers.0`, State\(.*; `layers.1`, a `jax.Ref`\. Remove": {"layers": [idle, ref]},
     }
     for match, grad_states in cases.items():
         for _ in range(2):

@@ -11,11 +11,11 @@ import jax.tree_util as jtu
 
 from .._optimizers.unitful import list_scales
 from .._training.train_state import TrainState
-from .._tree.flat import FlatTree
+from .._tree.flat import FlatTree, refuse_foreign
 from .._tree.state import read, refuse_brainstate, State, write
 from .._tree.text import check_flag, quote, shorten
 from .._tree.types import PyTree
-from .._tree.units import refuse_foreign, split_unit
+from .._tree.units import split_unit
 from .archive import Tensor, write_archive
 from .differences import check_rename, Differences, offer_rename
 from .files import check_path, replace_file

@@ -39,7 +39,7 @@ def refuse_unreached(linear: Any, func: Callable[..., Any], flat_func: FlatFunct
             f"`{flat_func.name}(grad_states=...)` must select leaves on which the output of "
             f"`func` depends. It does not depend on {shorten(names)}. "
             "Narrow the selector, as in `& ~vg.path(...)`, or for a model with frozen "
-            "wrappers `& ~vg.instance(paramax.NonTrainable)`; or pass `check_states=False` to "
+            "wrappers by `~vg.instance(paramax.NonTrainable)`; or pass `check_states=False` to "
             "get zeros. No gradient reaches a leaf that is used only behind `stop_gradient`."
         )
 

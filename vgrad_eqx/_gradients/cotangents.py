@@ -7,14 +7,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from .._tree.endless import refuse_endless
+from .._tree.flat import refuse_endless, refuse_foreign
 from .._tree.text import show
 from .._tree.types import PyTree
 from .._tree.units import (
     find_factors,
     multiply_units,
     raise_mismatch,
-    refuse_foreign,
     scale_number,
     split_unit,
 )

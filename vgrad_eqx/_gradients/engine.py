@@ -18,8 +18,7 @@ from .._references.overlay import call_with
 from .._references.values import StateValues
 from .._select.grad_states import GradStates, parse_grad_states
 from .._tree import state
-from .._tree.endless import refuse_endless
-from .._tree.flat import is_any_traced
+from .._tree.flat import is_any_traced, refuse_endless, refuse_foreign
 from .._tree.missing import MISSING
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import shard_like
@@ -29,7 +28,6 @@ from .._tree.units import (
     attach_unit,
     divide_units,
     find_quotient,
-    refuse_foreign,
     scale_number,
 )
 from .argnums import parse_argnums
@@ -104,11 +102,21 @@ class _Static:
         return wrapped.func if type(wrapped) is _Static else wrapped
 
 
+def _is_wrapper(node: Any) -> bool:
+    return type(node) is _Static and hasattr(node.func, "__wrapped__")
+
+
 def expose(func: Callable[..., Any]) -> Any:
-    """A pytree like `func`, of which the functions that gradient transforms wrap are leaves."""
+    """A pytree like `func`, of which the functions that gradient transforms wrap are leaves.
+
+    Not those such as `jax.vmap(model)`, since Equinox warns of them as leaves.
+    """
     refuse_endless(func)
-    is_static = lambda node: type(node) is _Static
-    return jtu.tree_map(_Static.unwrap, func, is_leaf=is_static)
+    return jtu.tree_map(
+        lambda node: node if _is_wrapper(node) else _Static.unwrap(node),
+        func,
+        is_leaf=lambda node: type(node) is _Static,
+    )
 
 
 class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
@@ -182,7 +190,8 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
             value, aux = output.combine(numbers)
             results += [value] * self.return_value + [aux] * bool(self.has_aux)
         # The last thing that may fail.
-        state.write_all([refs[key] for key in output.finals], output.finals.values())
+        if output.finals:
+            state.write_all([refs[key] for key in output.finals], output.finals.values())
         return results[0] if len(results) == 1 else tuple(results)
 
     def __repr__(self) -> str:

@@ -17,11 +17,10 @@ import jax.tree_util as jtu
 from .._references.values import StateValues
 from .._select.grad_states import GradStates
 from .._select.selectors import select
-from .._tree.flat import FlatTree, is_scalar, Rest
+from .._tree.flat import FlatTree, is_scalar, refuse_foreign, Rest
 from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import show
 from .._tree.types import PyTree
-from .._tree.units import refuse_foreign
 
 
 Func = Callable[..., Any]
@@ -44,7 +43,7 @@ class FlatFunction:
             refuse_foreign((args, kwargs), f"{name}(unit_aware=True)")
         if grad_states is not None:
             caller = f"{name}(grad_states=...)"
-            if grad_states.by_reference:
+            if grad_states.states:
                 self._inputs.append(StateValues(grad_states, caller))
             else:
                 self._inputs.append(_SelectedLeaves(self._func, args, grad_states, caller))
@@ -195,7 +194,7 @@ class _SelectedLeaves:
             _refuse_hidden(func, flat.tree, caller)
         self._selections = []
         by_index = {}  # because several selections may share leaves
-        for selector in grad_states.entries:
+        for selector in grad_states.selectors:
             self._selections.append(selection := select(flat, selector, caller))
             by_index.update(zip(*selection, strict=True))
         by_index = dict(

@@ -87,10 +87,9 @@ def carry_over(
             leaf = found.leaf
         elif found is not None and name is None:
             raise ValueError(
-                "`Optimizer.reselect` keeps what the optimizer knows of each leaf. Got one "
+                "`Optimizer.reselect` keeps the optimizer state of each leaf. Got a state "
                 f"that mixes the leaves, in a {show(found.leaf)} that would be a "
-                f"{show(leaf)}, as `optax.flatten` does. Make another optimizer, "
-                "which starts anew."
+                f"{show(leaf)}, as `optax.flatten` does. Make a new optimizer instead."
             )
         leaves.append(leaf)
     return leaves

@@ -274,8 +274,8 @@ def _check_state(
     expected = jtu.tree_structure(jax.eval_shape(_find_transformation(opt).init, params))
     if jtu.tree_structure(opt.opt_state) != expected:
         raise ValueError(
-            "`Optimizer(...).opt_state` must be of the selection that the optimizer was "
-            f"made for, of {shorten(list(map(quote, opt.names)))}. Got "
+            "`Optimizer(...).opt_state` must be for the selection that the optimizer was "
+            f"made for, {shorten(list(map(quote, opt.names)))}. Got "
             f"{show(opt.opt_state)}. To change what is trained, use `reselect`."
         ) from error
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from .._references.overlay import call_with
 from .._references.values import StateValues
 from .._select.grad_states import parse_grad_states
-from .._tree.endless import refuse_endless
+from .._tree.flat import refuse_endless
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import spread
 from .._tree.state import is_reference, refuse_brainstate, State, write_all

@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from .._select.glob import compile_glob
-from .._tree.flat import FlatTree, is_any_traced, name_of, widen
+from .._tree.flat import FlatTree, is_any_traced, name_of, refuse_foreign, widen
 from .._tree.state import State
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.types import PyTree, Unit
@@ -29,7 +29,6 @@ from .._tree.units import (
     find_quotient,
     parse_unit,
     raise_mismatch,
-    refuse_foreign,
     split_unit,
 )
 from .partition import map_extra_args, take_extra_args

@@ -37,8 +37,6 @@ def find_unmatched(glob: str, names: Sequence[str]) -> str | None:
 
     Not every combination of alternatives must match, but each must occur in one that does.
     """
-    if "{" not in glob:
-        return None
     if any(name == glob or name.startswith(f"{glob}.") for name in names):
         return None
     choices, matched = _expand_braces(glob), set()

@@ -7,8 +7,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._tree.endless import refuse_endless
-from .._tree.flat import name_of
+from .._tree.flat import name_of, refuse_endless
 from .._tree.state import is_reference, refuse_brainstate, State
 from .._tree.text import show
 from .._tree.types import PyTree

@@ -14,8 +14,7 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._tree.endless import refuse_endless
-from .._tree.flat import FlatTree, replace_at
+from .._tree.flat import FlatTree, refuse_endless, replace_at
 from .._tree.numpy_leaves import as_given
 from .._tree.prompt import AtPrompt
 from .._tree.state import find_states, refuse_brainstate
@@ -98,7 +97,8 @@ class Path(Selector):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         matches = compile_glob(self.glob).fullmatch
         mask = [matches(name) is not None for name in flat.names]
-        if not any(mask) or find_unmatched(self.glob, flat.names) is not None:
+        has_braces = "{" in self.glob
+        if not any(mask) or (has_braces and find_unmatched(self.glob, flat.names)):
             names = [*flat.names, *names_without_leaves(flat.tree)]
             unmatched = self.glob if not any(map(matches, names)) else None
             unmatched = unmatched or find_unmatched(self.glob, names)
@@ -112,6 +112,8 @@ class Path(Selector):
         return mask
 
     def list_paths(self) -> Sequence["Path"]:
+        if "*" in self.glob and "{" not in self.glob:
+            return ()
         return [Path(each) for each in list_paths(self.glob)]
 
     def __repr__(self) -> str:

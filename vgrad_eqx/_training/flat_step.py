@@ -21,8 +21,7 @@ from .._optimizers.norms import grad_norms
 from .._optimizers.optimizer import check_structure, Optimizer
 from .._select.selectors import Indices
 from .._tree.cache import Cache
-from .._tree.endless import refuse_endless
-from .._tree.flat import FlatTree, is_any_traced, Rest, split_arrays
+from .._tree.flat import FlatTree, is_any_traced, refuse_endless, Rest, split_arrays
 from .._tree.prompt import AtPrompt, write_call
 from .._tree.sharding import constrain, find_sharding, spread
 from .._tree.state import is_traced, read, State, write

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from .._optimizers.optimizer import Optimizer
 from .._tree.flat import is_any_traced
 from .._tree.prompt import AtPrompt, write_call
+from .._tree.state import State
 from .._tree.types import PyTree
 from .flat_step import CONCRETE, FlatStep
 from .interrupts import hold, release
@@ -334,7 +335,13 @@ def _unflatten(common: Any, children: PyTree) -> TrainState:
     return state
 
 
-def _rebuild(flat_step: FlatStep, frozen: Any, memory: Any, leaves: Any, count: Any) -> Any:
+def _rebuild(
+    flat_step: FlatStep,
+    frozen: Sequence[jax.Array],
+    memory: State[Optimizer] | None,
+    leaves: Sequence[jax.Array],
+    count: int | jax.Array,
+) -> Any:
     """A state that was not returned by a step."""
     state = TrainState(Training.begin(flat_step, frozen, memory), leaves, count)
     if state.training.history is not None:

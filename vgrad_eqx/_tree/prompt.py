@@ -48,7 +48,7 @@ class _Shown(str):
     __repr__ = str.__str__
 
 
-def _show_numbers(value: Any) -> Any:
+def _show_numbers(value: object) -> Any:
     """Shows scalar arrays, alone or in a short dict, as numbers instead of dtypes."""
     if type(value) is dict and len(value) <= _MOST_NUMBERS:
         return {key: _show_numbers(each) for key, each in value.items()}

@@ -20,11 +20,11 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from .cache import is_equal
-from .flat import FlatTree, Split
+from .flat import FlatTree, refuse_foreign, Split
 from .prompt import AtPrompt, brief
 from .text import show
 from .types import PyTree
-from .units import find_factor, refuse_foreign, scale_number, split_unit
+from .units import find_factor, scale_number, split_unit
 
 
 _T = TypeVar("_T")

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .endless import refuse_endless
-from .flat import FlatTree, name_of
+from .flat import FlatTree, name_of, refuse_endless
 from .types import PyTree
 
 

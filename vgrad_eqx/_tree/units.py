@@ -5,11 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import jax.tree_util as jtu
 from jax.typing import ArrayLike
 
-from .endless import refuse_endless
-from .types import PyTree, Unit
+from .types import Unit
 
 
 def quantity_test() -> Callable[[Any], bool] | None:
@@ -27,28 +25,6 @@ def make_quantity_test() -> Callable[[Any], bool]:
 
     # `isinstance` with its second argument bound, so that JAX calls no Python for each node.
     return type.__instancecheck__.__get__(brainunit.Quantity)
-
-
-def refuse_foreign(tree: PyTree, caller: str) -> None:
-    """Raises an error for quantities of other libraries, whose units would be lost or wrong."""
-    refuse_endless(tree)
-    nodes = filter(_is_foreign, jtu.tree_leaves(tree, is_leaf=_is_foreign))
-    for node in nodes:
-        library = type(node).__module__.partition(".")[0]
-        raise TypeError(
-            f"`{caller}` supports only units of brainunit. Got a `{type(node).__name__}` of "
-            f"`{library}`. Pass its value in a fixed unit, or a `brainunit.Quantity`."
-        )
-
-
-def _is_foreign(node: object) -> bool:
-    is_quantity = quantity_test()
-    if is_quantity is not None and is_quantity(node):
-        return False
-    names = {base.__name__ for base in type(node).__mro__}  # of unxt, astropy and pint
-    if names.isdisjoint({"Quantity", "AbstractQuantity", "PlainQuantity"}):
-        return False
-    return hasattr(node, "unit") or hasattr(node, "units")
 
 
 def split_unit(leaf: Any) -> tuple[Any, Any]:
