@@ -111,22 +111,22 @@ def load(
 
     **Arguments:**
 
-    - `path`: where to read. With `rename`, also the index of several files, which ends with
-        `.json`.
-    - `like`: a pytree of the structure of the result, such as a
-        [`vgrad_eqx.TrainState`][] that `init` has made. Its arrays and PRNG keys may be
-        `jax.ShapeDtypeStruct`s, as `equinox.filter_eval_shape` gives them.
-    - `strict`: whether all that is in `like` must be in the file and the other way round, with
-        the same shape, dtype and unit, and what [`vgrad_eqx.unitful`][] keeps for a parameter
-        with the same scale and unit of the loss. If `False`, what differs stays as it is in
-        `like`, and a warning lists it.
-    - `rename`: the name in the file of each array, as a dict from its path in `like` or as a
-        function of it. A path that the dict does not have is the name itself. To be
-        given for a file of another program, of which arrays alone are read: Python numbers
-        and PRNG keys stay as they are in `like`, and a Quantity takes its number, which must be
-        in the unit that it has in `like`.
-    - `cast`: whether to convert arrays to their dtype in `like`, if it is of the same kind or
-        of a more general one.
+    - `path`: the file to read. With `rename`, this may also be the index of several files,
+        whose name ends with `.json`.
+    - `like`: a pytree with the structure of the result, such as a
+        [`vgrad_eqx.TrainState`][] created by `init`. Its arrays and PRNG keys may be
+        `jax.ShapeDtypeStruct`s, as returned by `equinox.filter_eval_shape`.
+    - `strict`: whether `like` and the file must have the same entries, with the same shapes,
+        dtypes and units, and, for the state of a [`vgrad_eqx.unitful`][], the same scales and
+        unit of the loss. If `False`, entries that differ keep their value in `like`, and a
+        warning lists them.
+    - `rename`: the name in the file of each array, as a dict from its path in `like` or a
+        function of that path. A path that is not in the dict is itself the name. Required
+        for files of other programs, from which only arrays are read: Python numbers and PRNG
+        keys keep their value in `like`, and an array for a Quantity must be in the unit of that
+        Quantity in `like`.
+    - `cast`: whether to convert arrays to their dtype in `like`, if that is of the same kind or
+        a more general one.
 
     **Returns:**
 

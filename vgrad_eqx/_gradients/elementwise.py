@@ -104,15 +104,17 @@ def elementwise_grad(
 
     **Raises:**
 
-    - `TypeError`, `ValueError`: on wrapping, for an `order` that is no int, or below 1; for a
-        `check` that is no bool.
-    - `TypeError`: on calling, for a complex output by a real leaf, of which reverse mode sees
-        the real part alone; for an `order` above 1, for a real output by a complex leaf.
-    - `ValueError`: on calling, for an `order` above 4 for which the program would have more
-        than 50 000 operations. Each order makes it two or three times as long.
-    - `ValueError`: on calling, if an output has another shape than a leaf; with `check`, if
-        an element of an output depends on another element. It names the argument and the
-        first index. From compiled code, the error of `equinox.error_if` names the argument.
+    - `TypeError`, `ValueError`: on wrapping, if `order` is not an int or is below 1, or if
+        `check` is not a bool.
+    - `TypeError`: on calling, if an output is complex and a leaf is real, because reverse mode
+        would only see the real part; for an `order` above 1, if an output is real and a leaf
+        is complex.
+    - `ValueError`: on calling, if for an `order` above 4 the program would have more than
+        50 000 operations. Each order makes it two or three times longer.
+    - `ValueError`: on calling, if the shape of an output differs from that of a leaf; with
+        `check`, if an element of an output depends on another element. The error names the
+        argument and the first index. In compiled code, `equinox.error_if` raises an error
+        that names the argument.
 
     **Example:**
 

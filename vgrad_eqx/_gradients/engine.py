@@ -123,11 +123,12 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
     """A function turned into its gradient, as [`vgrad_eqx.vector_grad`][] returns it.
 
     It is a pytree with the leaves of `func`, of the `cotangent` and of the states by reference
-    in `grad_states`. A plain function and selectors are static, so it passes through `jax.jit`,
-    `jax.vmap` and `jax.lax.scan`, also as an argument, if `func` is a function or a pytree of
-    arrays. A module with other leaves, such as the activation of `equinox.nn.MLP`, takes
-    `equinox.filter_jit` or [`vgrad_eqx.jit`][], as it does by itself. In the body of a class it
-    binds like a method. Make one by `vector_grad`, which checks the options.
+    in `grad_states`; selectors and plain functions are static. So it passes through `jax.jit`,
+    `jax.vmap` and `jax.lax.scan`, also as an argument, if `func` is a plain function or a
+    pytree of arrays. A module with other leaves, such as the activation of `equinox.nn.MLP`,
+    needs `equinox.filter_jit` or [`vgrad_eqx.jit`][], as it does on its own. In a class body,
+    it binds like a method. Create it with `vector_grad` or one of its siblings, which check
+    the options.
 
     **Arguments:**
 

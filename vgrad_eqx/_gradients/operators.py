@@ -85,16 +85,16 @@ def vector_grad(
         pytree of them). Or pass several: a list, tuple or dict that contains a path or one
         of those four. Or pass states by reference that `func` closes over: a
         [`vgrad_eqx.State`][] or `jax.Ref`, or a pytree of them. Defaults to none.
-    - `argnums`: which positional arguments are differentiated: an int, or a sequence of
-        ints. Negative ones count from the end. Defaults to 0 without `grad_states`, and
-        with it to none. Keyword arguments are never differentiated.
-    - `return_value`: whether to return the output of `func` as well.
-    - `has_aux`: whether `func` returns a pair `(value, aux)`, of which only `value` is
-        differentiated. `aux` may hold anything. `None` means `False`.
-    - `unit_aware`: if `True`, a gradient carries the unit of `y` over that of `θ`. If `False`,
-        it is the derivative of the numbers in `y` by the numbers in `θ`, as `jax.vjp` gives
-        it: for a map from V to mV it is 1000. For arrays without units, it makes no
-        difference.
+    - `argnums`: which positional arguments to differentiate with respect to: an int or a
+        sequence of ints. Negative values count from the end. Defaults to none if
+        `grad_states` is given, and to 0 otherwise. Keyword arguments are never differentiated.
+    - `return_value`: whether to also return the output of `func`.
+    - `has_aux`: whether `func` returns a pair `(value, aux)`. Only `value` is differentiated;
+        `aux` may be anything. `None` means `False`.
+    - `unit_aware`: if `True`, a gradient has the unit of `y` divided by that of `θ`. If
+        `False`, it is the derivative of the bare values of `y` with respect to those of `θ`,
+        as computed by `jax.vjp`: for a map from V to mV, it is 1000. For arrays without
+        units, this option makes no difference.
     - `check_states`: if `True`, raise an error for a selected leaf that no gradient can
         reach, because the output of `func` does not depend on it or depends on it only
         through `stop_gradient` and the like; and for a state by reference that `func` does
@@ -129,11 +129,11 @@ def vector_grad(
         inexact array. An argument that is itself a Python float or complex is differentiated.
 
     A gradient has the shape and dtype of its leaf. If `unit_aware`, it has the unit of the
-    output over that of the leaf, and is a plain array where these have one dimension. Outputs
-    in several units of one dimension are then added up in the unit of the first. For a complex
-    leaf it follows JAX's convention: for a real output, descend along its conjugate. For a real
-    leaf and a complex output, it is the gradient of the real part. Without `func`, it returns
-    a decorator.
+    output divided by that of the leaf, and is a plain array where the two have the same
+    dimension; outputs in different units of the same dimension are summed in the unit of the
+    first. For a complex leaf, it follows JAX's convention: for a real output, descend along
+    its conjugate. For a real leaf and a complex output, it is the gradient of the real part.
+    If `func` is omitted, a decorator is returned.
 
     `func` is called once, as by `jax.vjp`; it is called a second time only if it sets a state
     by reference inside a loop or a compiled function. If it raises, every state keeps its old
@@ -141,20 +141,18 @@ def vector_grad(
 
     **Raises:**
 
-    - `TypeError`: on wrapping, for a `func` that is not callable, an `argnums` that is no int,
-        or a `grad_states` that is no selector and no state; on calling, for an argument, a
-        state or an output without anything to differentiate, without a positional argument,
-        if the state tree would be an array because `func` hides a module, as
-        `jax.vmap(model)` does, if `has_aux` and `func` returns no pair, or if a `func` that
-        uses states by reference cannot be traced.
-    - `ValueError`: on calling, for an `argnums` out of range, given twice, or naming the
-        state tree; for a selector that chooses no inexact array; if two leaves have one path;
-        for a selected leaf that no gradient can reach; or for a state that is not
-        touched, or set under `jax.vmap`; for a `cotangent` of another structure, shape or
-        dtype than the output.
-    - `brainunit.UnitMismatchError`: on calling, for outputs of several dimensions, or without
-        `unit_aware` of several units.
-    - `FloatingPointError`: at run time, with `debug_nan`; from compiled code as a
+    - `TypeError`: on wrapping, if `func` is not callable, `argnums` is not made of ints, or
+        `grad_states` is neither a selector nor a state; on calling, if an argument, a state or
+        the output has nothing to differentiate, if there is no positional argument, if the
+        state tree would be an array because `func` hides a module, as `jax.vmap(model)` does,
+        or if `has_aux` and `func` does not return a pair.
+    - `ValueError`: on calling, if an `argnums` is out of range, repeated, or refers to the
+        state tree; if a selector chooses no inexact array; if two leaves have the same path;
+        if no gradient can reach a selected leaf; if a state is not used, or is set under
+        `jax.vmap`; or if `cotangent` differs from the output in structure, shape or dtype.
+    - `brainunit.UnitMismatchError`: on calling, if the outputs have different dimensions or,
+        without `unit_aware`, different units.
+    - `FloatingPointError`: at run time, with `debug_nan`; in compiled code, as a
         `jax.errors.JaxRuntimeError` that quotes it.
 
     **Example:**
@@ -289,8 +287,8 @@ def jacrev(
 
     **Raises:**
 
-    - `TypeError`: on calling, also for a complex output: return the pair of its real and its
-        imaginary part instead.
+    - `TypeError`: on calling, also for a complex output. Return its real and imaginary parts
+        instead.
 
     **Example:**
 
@@ -326,8 +324,8 @@ def jacfwd(
 
     **Returns:**
 
-    As `jacrev`, but for dtypes, as in JAX: a block has the dtype of its output, and is complex
-    for a complex one, where that of `jacrev` has the dtype of its leaf.
+    The same as `jacrev`, except for dtypes: as in JAX, a block has the dtype of its output, so
+    it may be complex, while a block of `jacrev` has the dtype of its leaf.
 
     **Raises:**
 
@@ -366,12 +364,13 @@ def hessian(
 
     **Returns:**
 
-    A [`vgrad_eqx.GradientTransform`][], which returns `grads` and more as `vector_grad` does.
-    Instead of a gradient, there is a dict or a pytree of all second derivatives by that
-    leaf and another: by states `{path: {path: array}}`, and by several arguments a tuple of
-    tuples, with the axes of the output first. Derivatives by one of the states and one of the
-    arguments are left out. A block has the dtype of the first of both leaves, as in JAX. If
-    `unit_aware`, the unit is that of the output over those of both leaves.
+    A [`vgrad_eqx.GradientTransform`][], which returns `grads`, and the value and auxiliary
+    data as in `vector_grad`. In place of each gradient there is a dict or a pytree of all
+    second derivatives with respect to that leaf and another: `{path: {path: array}}` for
+    states, and a tuple of tuples for several arguments, with the axes of the output first.
+    Mixed derivatives with respect to a state and an argument are left out. As in JAX, a block
+    has the dtype of the first of its two leaves. If `unit_aware`, the unit is that of the
+    output divided by those of both leaves.
 
     **Raises:**
 

@@ -49,8 +49,9 @@ class Optimizer(AtPrompt, eqx.Module):
 
     **Arguments:**
 
-    - `tx`: an optax transformation, or a dict from selector to transformation, one for each
-        group of leaves. For leaves with units, it is one of [`vgrad_eqx.unitful`][].
+    - `tx`: an optax transformation, or a dict from selector to transformation, with one
+        transformation for each group of leaves. For leaves with units, it must be a
+        [`vgrad_eqx.unitful`][] one.
     - `model`: any pytree, such as an Equinox module.
     - `selector`: which of its leaves to update, as in [`vgrad_eqx.states`][]. Defaults to
         all inexact arrays. With groups, each of these leaves must be in exactly one group.
@@ -64,10 +65,10 @@ class Optimizer(AtPrompt, eqx.Module):
 
     **Raises:**
 
-    - `TypeError`: if `tx` is no optax transformation; if a chosen leaf has a unit, and its
-        transformation is not made by [`vgrad_eqx.unitful`][], or anything is around it but
-        groups, `optax.masked`, `optax.partition` and `optax.inject_hyperparams`. In an
-        `optax.chain`, a clip would see numbers that depend on the units.
+    - `TypeError`: if `tx` is not an optax transformation; if a chosen leaf has a unit, and its
+        transformation was not made by [`vgrad_eqx.unitful`][], or is inside anything other
+        than groups, `optax.masked`, `optax.partition` and `optax.inject_hyperparams`. In an
+        `optax.chain`, a clip would see values that depend on the units.
     - `ValueError`: if `selector` chooses no inexact array; if a chosen leaf is in no group
         or in two, or a group has no chosen leaf.
 
@@ -166,13 +167,13 @@ class Optimizer(AtPrompt, eqx.Module):
 
         **Returns:**
 
-        An optimizer with the count of this one. What optax keeps for a leaf, such as its
-        moments, is kept for each leaf that stays, also in another group; it starts at zero
-        for each new leaf, and for one whose transformation or shape is another, or inside of
-        [`vgrad_eqx.unitful`][] its scale or the unit of the loss. What it keeps for a group,
-        such as a count of its own, goes on with these leaves, and starts anew in a group
-        without any. Hyperparameters that
-        `optax.inject_hyperparams` keeps are those of `tx` if it is given.
+        An optimizer with the same count. Optimizer state that belongs to a leaf, such as its
+        moments, is kept for each leaf that stays, even if it moves to another group. It is
+        initialized for each new leaf, and for a leaf whose transformation or shape has
+        changed, or, inside a [`vgrad_eqx.unitful`][], its scale or the unit of the loss. State
+        that belongs to a group, such as its step count, follows these leaves, and is
+        initialized for a group without any. If `tx` is given, its hyperparameters replace
+        those kept by `optax.inject_hyperparams`.
 
         **Raises:**
 
@@ -266,7 +267,7 @@ def _replace(opt: _O, opt_state: PyTree, count: jax.Array) -> _O:
 def _check_state(
     opt: Optimizer, params: dict[str, Any], units: dict[str, Any], error: Exception
 ) -> None:
-    """Says so if an error comes from the state of another selection."""
+    """Raises a clear error if the state belongs to another selection."""
     params = {
         name: attach_unit(split_unit(leaf)[0], units[name]) if name in units else leaf
         for name, leaf in params.items()
@@ -340,7 +341,7 @@ def _check_units(opt_state: PyTree, params: dict[str, Any]) -> None:
                 "`Optimizer(tx=...)` must be made by `vg.unitful(tx, loss_unit=...)` for "
                 "leaves with units, which optax does not know. Got another one for "
                 f"{quote(name)}, {show(leaf)}. What is around a `unitful`, such as a clip, "
-                "depends on the units. Put the whole `optax.chain` or `vg.partition` inside of "
+                "depends on the units. Put the whole `optax.chain` or `vg.partition` inside "
                 "one `vg.unitful`."
             )
 
@@ -354,7 +355,7 @@ def _parse_grads(
         hint = (
             "With `return_value=True` it gives `(var_grads, value)`."
             if is_value
-            else "Of gradients in the structure of a model, as `eqx.filter_grad` gives them, "
+            else "For gradients with the structure of a model, as from `eqx.filter_grad`, "
             "`vg.states(grads)` is such a dict."
         )
         raise TypeError(

@@ -45,9 +45,9 @@ def partition(
 ) -> optax.GradientTransformationExtraArgs:
     """Updates each group of the parameters in a flat dict with its own transformation.
 
-    It is an optax transformation as any other, so what is before it in an `optax.chain` sees
-    the gradients of all groups. [`vgrad_eqx.Optimizer`][] takes a dict as short for it. For
-    parameters with units, the whole chain is inside of one [`vgrad_eqx.unitful`][].
+    It is an ordinary optax transformation, so a transformation before it in an `optax.chain`
+    sees the gradients of all groups. Passing a dict to [`vgrad_eqx.Optimizer`][] is a shorthand
+    for it. For parameters with units, put the whole chain inside one [`vgrad_eqx.unitful`][].
 
     **Arguments:**
 

@@ -39,9 +39,9 @@ _MOST_SIZES = 8  # of an array that is written out
 
 
 class Scale(NamedTuple):
-    """The scale of a parameter and the unit of the loss, of which all but `text` is compared.
+    """The scale of a parameter and the unit of the loss. All but `text` is compared.
 
-    What an optimizer keeps is in these, so under others its numbers mean something else.
+    The state of an optimizer is relative to these, so its values mean nothing with others.
     """
 
     text: str
@@ -78,11 +78,11 @@ def unitful(
 ) -> optax.GradientTransformationExtraArgs:
     """Lets any optax transformation optimize parameters with units.
 
-    With a scale `S` for each parameter `p` and the unit `L` of the loss, optax sees `x = p/S`
-    and the gradient `g·S/L`, and its update `dx` becomes `S·dx`, in the unit of `p`. All
-    of these are pure numbers, so every hyperparameter is one, and a fit does not depend
-    on the units that parameters are written in. Outside of it, numbers depend on them, so a
-    whole `optax.chain` belongs inside, also one with a [`vgrad_eqx.partition`][].
+    For a parameter `p` with scale `S` and a loss with unit `L`, optax sees `x = p/S` and the
+    gradient `g·S/L`, and its update `dx` becomes `S·dx`, in the unit of `p`. All of `x`,
+    `g·S/L` and `dx` are dimensionless, and so is every hyperparameter, and a fit does not
+    depend on the units of the parameters. Outside of it, values do depend on them, so put a
+    whole `optax.chain` inside, also one with a [`vgrad_eqx.partition`][].
 
     **Arguments:**
 
@@ -99,10 +99,10 @@ def unitful(
     An `optax.GradientTransformationExtraArgs`. Its `update` takes gradients with units, as
     returned by `vector_grad(..., unit_aware=True)`, and returns updates in the unit of each
     parameter, for [`vgrad_eqx.apply_updates`][]. It converts the extra arguments `value`,
-    `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes others
-    on. All units are checked while it is traced, which leaves nothing in the compiled program.
-    Its state knows units and scales: `Optimizer.reselect` forgets what is in another scale, and
-    [`vgrad_eqx.load`][] refuses it.
+    `grad`, `value_fn`, `obj_fn` and `grad_fn`, so that line searches work, and passes on all
+    others. Units are checked during tracing, at no cost in the compiled program. Its state
+    records units and scales: with another scale, `Optimizer.reselect` initializes it, and
+    [`vgrad_eqx.load`][] raises an error.
 
     **Raises:**
 
