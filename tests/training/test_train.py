@@ -439,7 +439,8 @@ def test_an_output_without_its_state_is_refused(change, match):
 
 
 def test_metrics_show_their_numbers():
-    metrics = vg.Metrics(jnp.array(2.0), {"a": jnp.array(0.5), "b": jnp.ones(3)}, None)
+    aux = {"a": jnp.array(0.5), "b": jnp.ones(3, "float32")}
+    metrics = vg.Metrics(jnp.array(2.0), aux, None)
     assert repr(metrics) == "Metrics(value=2.0, aux={'a': 0.5, 'b': f32[3]})"
 
 
