@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from .._optimizers.unitful import list_scales
 from .._training.train_state import TrainState
 from .._tree.flat import FlatTree, refuse_foreign
-from .._tree.state import read, refuse_brainstate, State, write
+from .._tree.state import list_content, read, refuse_brainstate, State, write
 from .._tree.text import check_flag, quote, shorten
 from .._tree.types import PyTree
 from .._tree.units import split_unit
@@ -300,7 +300,7 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
     refuse_brainstate(flat.leaves, caller)
     items: dict[str, tuple[int, Any]] = {}
     for index, (name, leaf) in enumerate(zip(flat.names, flat.leaves, strict=True)):
-        inner = _list_content(name, leaf) if isinstance(leaf, State) else {name: leaf}
+        inner = list_content(leaf, name) if isinstance(leaf, State) else {name: leaf}
         for each, array in inner.items():
             if obstacle := find_obstacle(array):
                 raise TypeError(
@@ -316,10 +316,3 @@ def _list_items(flat: FlatTree, caller: str) -> dict[str, tuple[int, Any]]:
                 )
             items[each] = index, array
     return items
-
-
-def _list_content(name: str, state: State) -> dict[str, Any]:
-    """The leaves of the value of a state by name, with references in place of arrays."""
-    value = FlatTree(state.content.combine())
-    names = [".".join(filter(None, (name, each))) for each in value.names]
-    return dict(zip(names, value.leaves, strict=True))

@@ -8,8 +8,7 @@ import jax
 
 from .._optimizers.state_optimizer import StateOptimizer
 from .._references.overlay import call_with
-from .._tree.flat import FlatTree
-from .._tree.state import find_stand_in, read, State
+from .._tree.state import find_stand_in, list_content, read, State
 from .._tree.types import PyTree
 from .._tree.units import attach_unit, split_unit
 from .loss import make_loss
@@ -104,7 +103,5 @@ class StateFunction:
 def _find_name(ref: jax.Ref, state: State | None) -> str | None:
     if state is None or state.name is None:
         return None
-    value = FlatTree(state.content.combine())
-    pairs = zip(value.names, value.leaves, strict=True)
-    path = next(name for name, leaf in pairs if split_unit(leaf)[0] is ref)
-    return ".".join(filter(None, (state.name, path)))
+    content = list_content(state, state.name).items()
+    return next(name for name, leaf in content if split_unit(leaf)[0] is ref)

@@ -202,6 +202,13 @@ for _name in [*_BINARY, *[f"r{name}" for name in _BINARY], *_OTHERS]:
     setattr(State, f"__{_name}__", State.__array__)
 
 
+def list_content(state: State, name: str | None) -> dict[str, Any]:
+    """The leaves of the value of a state by name, with references in place of arrays."""
+    value = FlatTree(state.content.combine())
+    names = [".".join(filter(None, (name, each))) for each in value.names]
+    return dict(zip(names, value.leaves, strict=True))
+
+
 def _make_state(cls: type[State], value: object, name: str | None) -> State:
     state = cls.__new__(cls)
     State.__init__(state, value, name)
