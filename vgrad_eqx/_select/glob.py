@@ -33,10 +33,13 @@ def list_paths(glob: str) -> tuple[str, ...]:
 
 
 def find_unmatched(glob: str, names: Sequence[str]) -> str | None:
-    """A glob without braces, for an alternative in the braces that matches none of the names.
+    """The glob, if it matches none of the names, or else an alternative that matches none.
 
-    Not every combination of alternatives must match, but each must occur in one that does.
+    Not every combination of alternatives in braces must match, but each alternative must occur
+    in one that does.
     """
+    if not any(map(compile_glob(glob).fullmatch, names)):
+        return glob
     if any(name == glob or name.startswith(f"{glob}.") for name in names):
         return None
     choices, matched = _expand_braces(glob), set()

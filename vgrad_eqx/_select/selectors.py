@@ -35,8 +35,8 @@ class Selector(AtPrompt, abc.ABC):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         """One bool for each leaf; it may be true for leaves that are never trained."""
 
-    def list_paths(self) -> Sequence["Path"]:
-        """Those of which each is to choose a leaf."""
+    def list_paths(self) -> Sequence[str]:
+        """The paths that must each choose a leaf, if there is a leaf at that path."""
         return ()
 
     def __and__(self, other: "SelectorLike") -> "Selector":
@@ -75,7 +75,7 @@ class _Combined(Selector):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         return list(map(self.combine, *[each.mask(flat) for each in self.selectors]))
 
-    def list_paths(self) -> Sequence["Path"]:
+    def list_paths(self) -> Sequence[str]:
         if self.combine is not operator.or_:
             return ()
         return [path for each in self.selectors for path in each.list_paths()]
@@ -85,6 +85,9 @@ class _Combined(Selector):
             return f"~{self.selectors[0]!r}"
         symbol = " & " if self.combine is operator.and_ else " | "
         return f"({symbol.join(map(repr, self.selectors))})"
+
+
+_MARK = "'"  # around globs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,24 +100,26 @@ class Path(Selector):
     def mask(self, flat: FlatTree) -> Sequence[bool]:
         matches = compile_glob(self.glob).fullmatch
         mask = [matches(name) is not None for name in flat.names]
-        has_braces = "{" in self.glob
-        if not any(mask) or (has_braces and find_unmatched(self.glob, flat.names)):
-            names = [*flat.names, *names_without_leaves(flat.tree)]
-            unmatched = self.glob if not any(map(matches, names)) else None
-            unmatched = unmatched or find_unmatched(self.glob, names)
-            if unmatched is not None:
-                whole = quote(self.glob, "'")
-                raise ValueError(
-                    f"The path {whole} matches nothing in the `{type(flat.tree).__name__}`"
-                    f"{'' if unmatched == self.glob else ' for ' + quote(unmatched, chr(39))}. "
-                    f"{near_misses(unmatched, flat)}"
-                )
+        if "{" in self.glob or not any(mask):
+            self._refuse_unmatched(flat)
         return mask
 
-    def list_paths(self) -> Sequence["Path"]:
+    def _refuse_unmatched(self, flat: FlatTree) -> None:
+        """Raises an error if the glob, or an alternative in its braces, matches nothing."""
+        if find_unmatched(self.glob, flat.names) is None:
+            return
+        unmatched = find_unmatched(self.glob, [*flat.names, *names_without_leaves(flat.tree)])
+        if unmatched is not None:
+            part = "" if unmatched == self.glob else f" for {quote(unmatched, _MARK)}"
+            raise ValueError(
+                f"The path {quote(self.glob, _MARK)} matches nothing in the "
+                f"`{type(flat.tree).__name__}`{part}. {near_misses(unmatched, flat)}"
+            )
+
+    def list_paths(self) -> Sequence[str]:
         if "*" in self.glob and "{" not in self.glob:
             return ()
-        return [Path(each) for each in list_paths(self.glob)]
+        return list_paths(self.glob)
 
     def __repr__(self) -> str:
         return f"path({self.glob!r})"
@@ -296,11 +301,11 @@ def path(*globs: str) -> Selector:
 
     **Raises:**
 
-    - `TypeError`, `ValueError`: at once, without a glob or with one that is no string or
-        not well-formed.
-    - `ValueError`: on selecting, if one of `globs` matches nothing, or one of the texts in
-        its braces. The message lists the nearest paths. Also if one of them is the very path
-        of a leaf that is no inexact array; `*` and `**` pass over those.
+    - `TypeError`, `ValueError`: at once, if there is no glob, or one is not a string or is
+        malformed.
+    - `ValueError`: on selecting, if one of `globs`, or an alternative in its braces, matches
+        nothing; the message lists the nearest paths. Also if one of them is the exact path of
+        a leaf that is not an inexact array; `*` and `**` skip such leaves.
 
     **Example:**
 
@@ -466,12 +471,12 @@ def select_any(flat: FlatTree, selector: Selector, caller: str) -> Selection:
 def _check_paths(
     flat: FlatTree, selector: Selector, indices: Sequence[int], caller: str
 ) -> None:
-    """Refuses a leaf that is named by itself, and is none of those that can be chosen."""
+    """Raises an error if a path that is spelled out leads to a leaf that cannot be chosen."""
     if paths := selector.list_paths():
         names = set(flat.names).difference([flat.names[i] for i in indices])
         for path in paths:
-            if path.glob in names:
-                _refuse(flat, path, [name == path.glob for name in flat.names], caller)
+            if path in names:
+                _refuse(flat, Path(path), [name == path for name in flat.names], caller)
 
 
 def _refuse(flat: FlatTree, selector: Selector, mask: Sequence[bool], caller: str) -> NoReturn:
