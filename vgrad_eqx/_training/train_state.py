@@ -11,9 +11,8 @@ import jax.tree_util as jtu
 from jax.typing import ArrayLike
 
 from .._optimizers.optimizer import Optimizer
-from .._tree.flat import is_any_traced
 from .._tree.prompt import AtPrompt, write_call
-from .._tree.state import State
+from .._tree.state import is_evaluating, State
 from .._tree.types import PyTree
 from .flat_step import CONCRETE, FlatStep
 from .interrupts import hold, release
@@ -273,13 +272,16 @@ class History:
         self.rebuilt: weakref.WeakSet[TrainState] = weakref.WeakSet()
 
     def add(self, state: TrainState) -> None:
-        """Records a state as the latest."""
-        if not is_any_traced(state.leaves):
+        """Records a state as the latest, unless it was made inside a transformation."""
+        # Looking at each leaf for a tracer would take a share of the time of a step.
+        if is_evaluating():
             self.latest = state
             self.rebuilt.clear()
 
     def add_rebuilt(self, state: TrainState) -> None:
-        if all(type(leaf) in CONCRETE for leaf in state.leaves):
+        # JAX also builds states of other objects than arrays.
+        leaves = state.leaves
+        if isinstance(leaves, tuple) and all(type(leaf) in CONCRETE for leaf in leaves):
             self.rebuilt.add(state)
 
     def attach(self, training: Training) -> None:
@@ -288,7 +290,7 @@ class History:
     def _make_next(self, training: Training, leaves: Any, count: Any) -> TrainState:
         state = TrainState(training, leaves, count)
         self.add(state)
-        if self._keep_every and not is_any_traced(leaves):
+        if self._keep_every and is_evaluating():
             before = count - training.flat_step.steps_per_call
             if before // self._keep_every < count // self._keep_every:
                 # This waits for the values, so that only those of a successful step are kept.
