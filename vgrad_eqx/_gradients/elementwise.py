@@ -73,7 +73,7 @@ def elementwise_grad(
     order=1,
     check=True,
 ):
-    """As [`vgrad_eqx.vector_grad`][], but for the elementwise derivative.
+    """Like [`vgrad_eqx.vector_grad`][], but computes the elementwise derivative.
 
     For `y = func(x)` in which each `y[i]` depends on `x[i]` alone, it is
     `g[i] = ∂ⁿy[i] / ∂x[i]ⁿ`, where `n` is the `order`; for any other function, it raises an
@@ -286,13 +286,13 @@ def _check_outputs(
     value: Sequence[Any], diff: Sequence[Any], flat_func: FlatFunction, order: int
 ) -> None:
     for i, leaf in enumerate(diff):
-        # Reverse mode would give the derivative of the real part of a complex output, and
-        # forward mode that of a real output along the real axis.
+        # Reverse mode would differentiate only the real part of a complex output, and forward
+        # mode a real output only along the real axis.
         is_complex = jnp.iscomplexobj(leaf)
         if is_complex == (order > 1) and any(jnp.iscomplexobj(y) != is_complex for y in value):
             kind = "complex" if is_complex else "real"
             way_out = (
-                "Split the leaf into two real ones, which `func` joins by "
+                "Split the leaf into two real ones, and let `func` combine them with "
                 "`jax.lax.complex(real, imag)`."
                 if is_complex
                 else "Return the pair `(y.real, y.imag)`."

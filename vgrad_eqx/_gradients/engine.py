@@ -74,7 +74,7 @@ _Owner = TypeVar("_Owner")
 
 
 def _has_hash(func: Callable[..., Any]) -> bool:
-    """What has none, such as a mutable dataclass, may change and still equal itself."""
+    """Whether `func` is hashable. If not, it may change and still compare equal."""
     try:
         hash(func)
     except TypeError:
@@ -85,7 +85,7 @@ def _has_hash(func: Callable[..., Any]) -> bool:
 @jtu.register_static
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """A function that is no pytree. As a leaf, it would not pass through `jax.jit`."""
+    """A function that is not a pytree. As a leaf, it could not be passed to `jax.jit`."""
 
     func: Callable[..., Any]
 
@@ -107,9 +107,9 @@ def _is_wrapper(node: Any) -> bool:
 
 
 def expose(func: Callable[..., Any]) -> Any:
-    """A pytree like `func`, of which the functions that gradient transforms wrap are leaves.
+    """A copy of `func` in which functions wrapped by gradient transforms are leaves.
 
-    Not those such as `jax.vmap(model)`, since Equinox warns of them as leaves.
+    Except functions such as `jax.vmap(model)`, because Equinox warns about these as leaves.
     """
     refuse_endless(func)
     return jtu.tree_map(

@@ -85,7 +85,7 @@ class FlatFunction:
         return split_output(value, aux, self.name)
 
     def refuse_complex(self) -> None:
-        """Raises if something complex is differentiated, for what needs real directions."""
+        """Raises an error if a differentiated leaf is complex."""
         for each in self._inputs:
             for name, number in zip(each.labels, each.diff, strict=True):
                 if jnp.iscomplexobj(number):
@@ -305,7 +305,7 @@ def _find_in_wrapper(func: Any) -> _Owner | None:
 
 
 def _find_hidden(func: Any) -> _Owner | None:
-    """The state tree in what `func` wraps, where `func` is no pytree that holds it."""
+    """The state tree inside the function that `func` wraps, if `func` is not a pytree."""
     owner = _find_owner(func)
     if owner is not None or func is None:
         return owner
@@ -315,12 +315,12 @@ def _find_hidden(func: Any) -> _Owner | None:
 
 
 def _refuse_hidden(func: Func, data: object, caller: str) -> None:
-    """Refuses an array in the place of the state tree, if `func` hides a module with arrays."""
+    """Raises an error for an array in place of the state tree, if `func` hides a module."""
     owner = _find_hidden(func)
     if owner is not None and FlatTree(owner.tree).differentiable:
         raise TypeError(
             f"`{caller}` would select from the first positional argument of `func`, "
-            f"{show(data)}, because `func` hides the `{type(owner.tree).__name__}` inside of a "
+            f"{show(data)}, because `func` hides the `{type(owner.tree).__name__}` inside a "
             "function. Use `equinox.filter_vmap(model)` or `equinox.Partial(func, model)`, "
             "which are pytrees, or pass the model as the first argument. To differentiate "
             "the array, use `argnums`."

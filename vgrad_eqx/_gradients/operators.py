@@ -231,7 +231,7 @@ def grad(
     *,
     debug_nan: bool = False,
 ) -> Any:
-    """As [`vgrad_eqx.vector_grad`][], but for a function that returns one real scalar.
+    """Like [`vgrad_eqx.vector_grad`][], but requires a function that returns a real scalar.
 
     For such a function, the result is the same. For any other, it raises an error, where
     `vector_grad` would return the gradient of a sum.
@@ -269,7 +269,7 @@ def jacrev(
     *,
     debug_nan: bool = False,
 ) -> Any:
-    """As [`vgrad_eqx.vector_grad`][], but for the Jacobian, computed by reverse mode.
+    """Like [`vgrad_eqx.vector_grad`][], but computes the Jacobian in reverse mode.
 
     For `y = func(*args)` and a differentiated leaf `θ`, it is `J[i, j] = ∂y[i] / ∂θ[j]`. It
     costs one reverse pass per element of `y`, so it suits functions with few outputs and many
@@ -318,7 +318,7 @@ def jacfwd(
     *,
     debug_nan: bool = False,
 ) -> Any:
-    """As [`vgrad_eqx.jacrev`][], but computed by forward mode.
+    """Like [`vgrad_eqx.jacrev`][], but uses forward mode.
 
     It costs one forward pass per element of the inputs, so it suits functions with few inputs.
 
@@ -356,7 +356,7 @@ def hessian(
     *,
     debug_nan: bool = False,
 ) -> Any:
-    """As [`vgrad_eqx.jacrev`][], but for second derivatives.
+    """Like [`vgrad_eqx.jacrev`][], but computes second derivatives.
 
     For `y = func(*args)` and differentiated leaves `θ` and `φ`, it is
     `H[i, j, k] = ∂²y[i] / ∂θ[j] ∂φ[k]`, computed by forward over reverse mode. It costs one

@@ -1,4 +1,4 @@
-"""What an optax state keeps for which parameter, and for which group of them."""
+"""Assigns the leaves of an optax state to parameters, and to groups of parameters."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ from .unitful import UnitfulState
 
 
 class Entry(NamedTuple):
-    """A leaf of an optax state: where it is, for which parameters, and of which one.
+    """A leaf of an optax state: its path, the parameters of its group, and its own parameter.
 
-    `scales` are those of the parameters, if they are inside of a `unitful`.
+    Inside a `unitful`, `scales` has the scales of the parameters.
     """
 
     path: jtu.KeyPath  # without the labels of groups
@@ -27,9 +27,9 @@ class Entry(NamedTuple):
 
 
 def locate(opt_state: PyTree, names: tuple[str, ...]) -> Iterator[Entry]:
-    """The leaves of an optax state, in the order of JAX.
+    """The leaves of an optax state, in JAX's order.
 
-    What optax keeps for each parameter it keeps in a dict like that of the parameters.
+    Optax keeps the state of each parameter in a dict like the dict of parameters.
     """
     keys = set(names)
 
@@ -62,11 +62,11 @@ def _locate_inside(node: Any, names: tuple[str, ...]) -> Iterator[Entry]:
 def carry_over(
     fresh: Sequence[Entry], old: Sequence[Entry], old_names: Collection[str]
 ) -> list[Any]:
-    """The leaves of a fresh state, with what an old one knows of the parameters that stay."""
+    """The leaves of a fresh state, with those of an old state for parameters that stay."""
     by_name: dict[Any, Entry] = {
         _identify(entry, entry.name): entry for entry in old if entry.name is not None
     }
-    # What belongs to no parameter, such as a count, is that of all in its group.
+    # A leaf that belongs to no parameter, such as a count, belongs to all of its group.
     shared = {
         _identify(entry, name): entry
         for entry in old
@@ -96,7 +96,7 @@ def carry_over(
 
 
 def _identify(entry: Entry, name: str | None) -> Any:
-    """Where it is, for which parameter, and what a number in it stands for."""
+    """The path, the parameter, and the scale that its values are relative to."""
     scale = None if name is None or is_hyperparam(entry.path) else entry.scales.get(name)
     return entry.path, name, scale and scale[1:]
 

@@ -56,8 +56,8 @@ def write_hyperparams(
         names = ", ".join(f"`{name}`" for name in sorted(scheduled))
         raise ValueError(
             f"`{caller}` must name hyperparameters that follow no schedule. Got {names}, "
-            "which a schedule sets at each step. To set it by hand, give "
-            "`optax.inject_hyperparams` a number in the place of the schedule."
+            "which a schedule sets at each step. To set it yourself, pass a number instead of "
+            "the schedule to `optax.inject_hyperparams`."
         )
     wrong = set(values) - written
     if wrong or not values:

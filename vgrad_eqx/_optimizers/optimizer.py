@@ -308,7 +308,7 @@ def _find(flat: FlatTree, names: Sequence[str]) -> list[int]:
 
 
 def _find_units(opt_state: PyTree) -> dict[str, Any]:
-    """For the parameters whose units no transformation has to know, these units."""
+    """The units of the parameters whose units are hidden from optax."""
     match opt_state:
         case UnitfulState():
             return dict(opt_state.units.by_path)
@@ -325,7 +325,7 @@ def _find_units(opt_state: PyTree) -> dict[str, Any]:
     return {name: unit for each in inner for name, unit in _find_units(each).items()}
 
 
-# What passes gradients on as they are. All else calculates with the numbers in Quantities.
+# Wrappers that pass gradients on unchanged. Any other computes with the values of Quantities.
 _TRANSPARENT = (
     optax.MaskedState,
     optax.InjectHyperparamsState,

@@ -64,7 +64,7 @@ def partition(
 
     - `TypeError`: at once, if a group has no optax transformation; on `init`, if the
         parameters are not a dict.
-    - `ValueError`: at once, if there is no group; on `init`, if a parameter is in no group or
+    - `ValueError`: at once, if `groups` is empty; on `init`, if a parameter is in no group or
         in two, or a group has no parameter.
 
     **Example:**

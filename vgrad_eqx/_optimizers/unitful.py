@@ -35,7 +35,7 @@ from .partition import map_extra_args, take_extra_args
 
 
 _TRACED = "traced"
-_MOST_SIZES = 8  # of an array that is written out
+_MOST_SIZES = 8  # the most elements to write out
 
 
 class Scale(NamedTuple):
@@ -179,8 +179,10 @@ def naming_leaves_of(flat: FlatTree) -> Iterator[None]:
 
 
 def _parse_scale(scale: object) -> dict[str, tuple[Any, Any]]:
-    """For each glob a number and its unit. Where it can, a number is one of Python, by which
-    transformations are compared."""
+    """A scalar or array and its unit for each glob.
+
+    Scalars become Python floats where possible, so that equal transformations compare equal.
+    """
     caller = "`unitful(scale=...)`"
     if scale is None:
         return {}
@@ -311,7 +313,7 @@ class _Scaling:
         return number * factor
 
     def describe(self, name: str, unit: Unit) -> Scale:
-        """The scale of a parameter as text, in the same words however it is written."""
+        """The scale of a parameter as text, which is the same for equal scales."""
         glob = self._find_glob(name)
         size, unit = (1.0, unit) if glob is None else self.scale[glob]
         is_short = not is_any_traced([size]) and np.size(size) <= _MOST_SIZES
@@ -322,7 +324,7 @@ class _Scaling:
 
 
 def list_scales(tree: PyTree, prefix: str = "") -> Iterator[tuple[str, Scale]]:
-    """The dotted paths of what a pytree keeps for parameters in a scale, and that scale."""
+    """The dotted paths of the leaves that are relative to a scale, each with that scale."""
     is_leaf = lambda node: isinstance(node, UnitfulState | State)
     for path, node in jtu.tree_leaves_with_path(tree, is_leaf=is_leaf):
         where = [*filter(None, (prefix, name_of(path)))]

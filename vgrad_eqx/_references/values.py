@@ -19,7 +19,7 @@ class StateValues:
     """The values of states by reference, which are not in any argument."""
 
     in_args = False
-    tree = None  # there is no state tree
+    tree = None  # states by reference have no state tree
 
     def __init__(self, grad_states: GradStates, caller: str):
         self._grad_states = grad_states

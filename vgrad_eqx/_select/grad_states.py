@@ -19,7 +19,7 @@ GradStatesLike: TypeAlias = SelectorLike | State[Any] | jax.Ref
 
 
 class GradStates(eqx.Module):
-    """What gradients are wanted of, in any nesting. To JAX, selectors are static."""
+    """What to differentiate with respect to, in any nesting. Selectors are static to JAX."""
 
     states: tuple[Any, ...]
     selectors: tuple[Selector, ...] = eqx.field(static=True)

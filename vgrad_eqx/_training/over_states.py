@@ -66,7 +66,7 @@ class StateFunction:
     def name_others(self) -> dict[str, int]:
         """The places of the other references by name, or in order if they have no name.
 
-        A state that is no longer alive is left out.
+        States that have been garbage-collected are left out.
         """
         states = [None if owner is None else owner() for owner in self.owners]
         places = [

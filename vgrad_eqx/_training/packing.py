@@ -29,7 +29,7 @@ class _Slot(NamedTuple):
 
 
 class Packing:
-    """Packs arrays into buffers, each of which holds several arrays of one kind and dtype."""
+    """Packs arrays of the same kind and dtype into shared buffers."""
 
     def __init__(self, kinds: Sequence[Hashable], arrays: Sequence[Any]):
         slots: dict[Any, list[int]] = {}

@@ -25,7 +25,7 @@ class FlatTree:
     """The leaves of a pytree with their dotted paths. A Quantity is a single leaf.
 
     `numbers` are the leaves with each Quantity replaced by its mantissa, and `units` are their
-    units, or `None` if there is no Quantity. `differentiable` are the indices of the leaves
+    units, or `None` if the tree has no Quantity. `differentiable` are the indices of the leaves
     that can have a gradient.
     """
 
