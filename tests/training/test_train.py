@@ -544,6 +544,15 @@ def test_a_copy_goes_on_in_a_with_block():
     assert int(calls.value) == 2
 
 
+def test_a_step_that_is_only_traced_is_not_the_last_of_a_with_block():
+    w, calls, func = make_states()
+    step = vg.train_step(func, optax.sgd(0.01), [w])
+    with step.init() as state:
+        state, _ = step(state, 2.0)
+        jax.eval_shape(step, state, 2.0)
+    assert int(calls.value) == 1
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_whole_training_over_states_under_jit(inside):
     (w, calls, func), (other, _, other_func) = make_states(), make_states()

@@ -191,8 +191,7 @@ class GradientTransform(AtPrompt, eqx.Module, Generic[_P]):
             value, aux = output.combine(numbers)
             results += [value] * self.return_value + [aux] * bool(self.has_aux)
         # The last thing that may fail.
-        if output.finals:
-            state.write_all([refs[key] for key in output.finals], output.finals.values())
+        state.write_all([refs[key] for key in output.finals], output.finals.values())
         return results[0] if len(results) == 1 else tuple(results)
 
     def __repr__(self) -> str:
