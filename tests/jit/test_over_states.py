@@ -221,7 +221,7 @@ def test_of_two_threads_that_set_a_state_at_once_one_is_refused():
     thread.join()
     (error,) = errors
     assert "'count'" in error
-    assert "was set elsewhere while a function under `vg.jit`" in error
+    assert "was set elsewhere while a function under `vg.jit` that sets it was running" in error
     assert int(count.value) in (11, 20)
 
 
