@@ -51,8 +51,8 @@ def test_docstring_is_complete(name, public):
     for heading in ("**Returns:**", "**Example:**"):
         assert heading in doc
     assert doctest.DocTestParser().get_examples(doc)
-    # A sibling names only its own, after it has opened with "As".
-    if inspect.isfunction(public) and not doc.startswith("As "):
+    # A sibling names only its own, after it has opened with "Like".
+    if inspect.isfunction(public) and not doc.startswith("Like ["):
         for parameter in inspect.signature(public).parameters:
             assert f"- `{parameter}`:" in doc
 
