@@ -6,6 +6,7 @@ an error as well. A sample runs by default. By `--nightly` run all cells of `vec
 for each other operator all constructs in all roles.
 """
 
+import functools
 import itertools
 import re
 
@@ -440,38 +441,42 @@ def catch(call):
         return None, error
 
 
+@functools.lru_cache(maxsize=64)
+def call_by_jax(name, role, operator):
+    """The function of arrays, which is the same from each place and in each way."""
+    func, (_, by_jax, wrap) = CONSTRUCTS[name], OPERATORS[operator]
+
+    def set_before(x):
+        w = jnp.cos(x)
+        return func(lambda: w, x)
+
+    func_of_arrays, *args = {
+        "set": (set_before, X),
+        "both": (lambda w, x: func(lambda: w, x), W, X),
+        "differentiated": (lambda w: func(lambda: w, X), W),
+        "bystander": (lambda x: func(lambda: W, x), X),
+    }[role]
+    return catch(lambda: by_jax(wrap(func_of_arrays), *args))
+
+
 def check(name, role, place, way, operator):
     func, state = CONSTRUCTS[name], vg.State(W, name=NAME)
     get, other = GETTERS[place](state), vg.State(X)
-    ours, by_jax, wrap = OPERATORS[operator]
+    ours, _, wrap = OPERATORS[operator]
 
     def set_before(x):
         state.value = jnp.cos(x)
         return func(get, x)
 
-    def set_by_hand(x):
-        w = jnp.cos(x)
-        return func(lambda: w, x)
-
-    calls = {
-        "set": ((set_by_hand, X), lambda: ours(wrap(set_before))(X)),
-        "both": (
-            (lambda w, x: func(lambda: w, x), W, X),
-            lambda: ours(wrap(lambda x: func(get, x)), state, argnums=0)(X),
-        ),
-        "differentiated": (
-            (lambda w: func(lambda: w, X), W),
-            lambda: ours(wrap(lambda x: func(get, x)), state)(X),
-        ),
-        "bystander": (
-            (lambda x: func(lambda: W, x), X),
-            lambda: ours(wrap(lambda *_: func(get, other.value)), other)(X),
-        ),
-    }
-    (func_by_hand, *args), call = calls[role]
+    call = {
+        "set": lambda: ours(wrap(set_before))(X),
+        "both": lambda: ours(wrap(lambda x: func(get, x)), state, argnums=0)(X),
+        "differentiated": lambda: ours(wrap(lambda x: func(get, x)), state)(X),
+        "bystander": lambda: ours(wrap(lambda *_: func(get, other.value)), other)(X),
+    }[role]
     got, error = catch(lambda: run(call, way))
     if error is None or NAME not in str(error) or "must be elementwise" in str(error):
-        expected, error_by_hand = catch(lambda: by_jax(wrap(func_by_hand), *args))
+        expected, error_by_hand = call_by_jax(name, role, operator)
         assert (error is None) == (error_by_hand is None), error or error_by_hand
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
         for ours_now, by_hand in pairs:
