@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vgrad_eqx as vg
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 
@@ -118,7 +118,8 @@ def check(program, way, chosen):
         refused = str(error)
     event("refused" if refused else "right")
     if result is None:
-        assert re.search(r"name='s\d'.*(argument|close over)", refused)
+        assert re.search(r"name='s\d'", refused)
+        assert re.search("argument|close over", refused)
     else:
         expected, pull, finals = jax.vjp(twin, [START[i] for i in chosen], X, has_aux=True)
         by_hand = [expected, *jax.tree.leaves(pull(jnp.ones(3)))]
@@ -132,6 +133,9 @@ def check(program, way, chosen):
 CHOSEN = st.sampled_from([[0], [1, 2], [0, 1, 2]])
 
 
+# JAX traces neither, and says so in its own words, or in none.
+@example([("solve", 0), ("scan", [("write", 0, 0)])], "eager", [0])
+@example([("helper", [("write", 0, 0), ("solve", 0)])], "vg.jit", [0])
 @settings(max_examples=8)
 @given(PROGRAMS, st.sampled_from(list(WAYS)), CHOSEN)
 def test_a_random_program_is_right_or_a_clear_error(program, way, chosen):

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,16 +52,30 @@ def call_with(
                 raise
             shared[id(request.ref)] = request.ref
         except Exception as error:
-            # JAX has no public type for this error.
-            is_by_rule = type(error).__name__ in ("CustomJVPException", "CustomVJPException")
-            if not (is_by_rule and refs):
+            reason = _find_reason(error)
+            if reason is None or not refs:
                 raise
-            raise ValueError(
-                "A `custom_jvp` or `custom_vjp` function cannot be differentiated by a state "
-                "that it reads, because its rule covers only its arguments. Read the `value` "
-                "outside, and pass it as an argument. The states that are read: "
-                f"{shorten(list(map(describe, refs.values())))}."
-            ) from error
+            names = shorten(list(map(describe, refs.values())))
+            raise ValueError(f"{reason} The states that are used: {names}.") from error
+
+
+def _find_reason(error: Exception) -> str | None:
+    """Why JAX cannot trace a function over references, if it is because of one of them."""
+    # JAX has no public type for these errors.
+    if type(error).__name__ in ("CustomJVPException", "CustomVJPException"):
+        return (
+            "A `custom_jvp` or `custom_vjp` function cannot be differentiated by a state "
+            "that it reads, because its rule covers only its arguments. Read the `value` "
+            "outside, and pass it as an argument."
+        )
+    # JAX 0.12 fails while it puts the first of these messages together.
+    if re.search("does not have a corresponding jaxpr input|'Fake' object", str(error)):
+        return (
+            "A state that is set in a loop or compiled function cannot be read in a function of "
+            "`jax.lax.custom_linear_solve`, on which `custom_root`, `cg` and `gmres` are built. "
+            "Read its `value` before, and pass it as an argument; set it outside."
+        )
+    return None
 
 
 class _SetBelow(BaseException):
