@@ -11,7 +11,7 @@ import jax
 
 
 # Visits of a way begin for as long as the first calls took, within these limits in seconds.
-BRIEFEST, LENGTHIEST = 5, 20
+BRIEFEST, LENGTHIEST = 4, 10
 # How many measurements there are in a visit at most, and of each way at least.
 FEWEST = 5
 # For how many seconds a way is called before it is measured, and for how many it is then.
@@ -61,16 +61,18 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of first calls, which may compile, seconds of the others, and ratios of these
-    to the first way."""
+    """Seconds of first calls, which may compile, of second ones, and of the others, and ratios
+    of these to the first way."""
 
-    firsts: list[float] = dataclasses.field(default_factory=list)
+    first_calls: list[float] = dataclasses.field(default_factory=list)
+    second_calls: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     ratios: list[float] = dataclasses.field(default_factory=list)
 
     def __add__(self, other: "Timing") -> "Timing":
         return Timing(
-            self.firsts + other.firsts,
+            self.first_calls + other.first_calls,
+            self.second_calls + other.second_calls,
             self.seconds + other.seconds,
             self.ratios + other.ratios,
         )
@@ -78,12 +80,13 @@ class Timing:
     def summarize(self) -> dict[str, float]:
         """Medians, and the quartiles of the ratios.
 
-        Of first calls the longest, because ways may share a program, which the first one of
-        them compiles.
+        Of first and second calls the longest, because ways may share a program, which the first
+        one of them compiles.
         """
         low, ratio, high = statistics.quantiles(self.ratios, n=4)
         return {
-            "first": max(self.firsts),
+            "first": max(self.first_calls),
+            "second": max(self.second_calls),
             "seconds": statistics.median(self.seconds),
             "ratio": ratio,
             "low": low,
@@ -115,7 +118,8 @@ def interleave(
     start = time.monotonic()
     for name in reversed(ways) if is_reversed else ways:
         show(f"first call: {name}")
-        timings[name].firsts.append(ways[name].measure(1))
+        timings[name].first_calls.append(ways[name].measure(1))
+        timings[name].second_calls.append(ways[name].measure(1))
     now = time.monotonic()
     end = now + min(max(BRIEFEST, now - start), LENGTHIEST)
     times, warm_up = _choose_times(list(ways.values()))

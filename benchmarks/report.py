@@ -29,12 +29,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def print_rows(name: str, size: int, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{name}, {size:,}")
+    print(f"\n{name}, {size:,}{'' if rows else ': not installed'}")
     for row in rows:
         print(
             f"  {row['way']:24}{row['seconds'] * 1e3:10.3f} ms"
             f"   {row['ratio']:6.2f} [{row['low']:.2f} {row['high']:.2f}]"
-            f"   first call {row['first']:.2f} s",
+            f"   first calls {row['first']:.3f}, {row['second']:.3f} s",
             flush=True,
         )
 
@@ -43,9 +43,14 @@ def save(path: Path, machine: dict[str, Any], results: list[dict[str, Any]]) -> 
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
-# The cases that are plotted, and those of which the first call, which compiles, is shown.
-PLOTTED = ("compiled", "eager", "training", "tracing")
-COMPILING = ("compiled", "training")
+# The cases that are plotted, and those of which the first calls, which compile, are shown.
+PLOTTED = ("compiled", "training", "eager", "tracing")
+FIRST_CALLS = {
+    "compiled": ["first"],
+    "training": ["first"],
+    "training_vit": ["first"],
+    "eager": ["first", "second"],
+}
 
 
 def format_tables(results: list[dict[str, Any]], titles: dict[str, str]) -> str:
@@ -59,9 +64,9 @@ def format_tables(results: list[dict[str, Any]], titles: dict[str, str]) -> str:
             for each in chosen
         ]
         tables.append(_format_table(titles[case], chosen, times))
-        if case in COMPILING:
-            firsts = [_format_time(each["first"]) for each in chosen]
-            tables.append(_format_table(f"{titles[case]}: first call", chosen, firsts))
+        for which in FIRST_CALLS.get(case, []):
+            times = [_format_time(each[which]) for each in chosen]
+            tables.append(_format_table(f"{titles[case]}: {which} call", chosen, times))
     return "\n\n".join(tables)
 
 
@@ -88,47 +93,54 @@ def _format_time(seconds: float) -> str:
 def plot(
     path: Path, machine: dict[str, Any], results: list[dict[str, Any]], titles: dict[str, str]
 ) -> None:
-    """The ratios of all ways, in logarithmic bars."""
+    """The ratios of all ways as points with their quartiles, on a logarithmic axis."""
     drawn = [name for name in PLOTTED if any(each["case"] == name for each in results)]
     if not drawn:
         return
+    rows = (len(drawn) + 1) // 2
     figure, axes = plt.subplots(
-        len(drawn), 1, figsize=(9, 2.6 * len(drawn)), layout="constrained", squeeze=False
+        rows, 2, figsize=(11, 3.4 * rows), layout="constrained", squeeze=False, sharex=True
     )
-    for axis, name in zip(axes[:, 0], drawn, strict=True):
-        _draw_case(axis, [each for each in results if each["case"] == name], titles[name])
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_axis_off()
+    sizes = sorted({each["size"] for each in results if each["case"] in drawn})
+    for axis, name in zip(axes.flat, drawn, strict=False):
+        _draw_case(axis, [each for each in results if each["case"] == name], sizes)
+        axis.set_title(titles[name])
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=len)
+    figure.legend(handles, labels, title="leaves", loc="outside right upper")
+    for axis in axes[-1]:
+        axis.set_xlabel("time relative to JAX by hand")
     versions = machine["versions"]
     figure.suptitle(
-        f"Time relative to JAX by hand: {machine['device']}, {machine['cores']} cores, Python "
-        f"{machine['python']},\nJAX {versions['jax']}, Equinox {versions['equinox']}, "
-        f"{machine['date']}",
+        f"{machine['device']}, {machine['cores']} cores, Python {machine['python']}, "
+        f"JAX {versions['jax']}, Equinox {versions['equinox']}, {machine['date']}",
         fontsize=10,
     )
     plt.savefig(path, dpi=120)
 
 
-def _draw_case(axis: Any, results: list[dict[str, Any]], title: str) -> None:
-    ways = list(dict.fromkeys(each["way"] for each in results))
-    sizes = sorted({each["size"] for each in results})
+def _draw_case(axis: Any, results: list[dict[str, Any]], sizes: list[int]) -> None:
+    ways = list(dict.fromkeys(each["way"] for each in results))[1:]
     for i, size in enumerate(sizes):
-        chosen = {each["way"]: each for each in results if each["size"] == size}
-        places = [k + (i - len(sizes) / 2 + 0.5) * 0.8 / len(sizes) for k in range(len(ways))]
-        pairs = [(x, chosen[way]) for x, way in zip(places, ways, strict=True) if way in chosen]
-        ratios = [each["ratio"] for _, each in pairs]
-        below = [each["ratio"] - each["low"] for _, each in pairs]
-        above = [each["high"] - each["ratio"] for _, each in pairs]
-        axis.bar(
-            [x for x, _ in pairs],
+        chosen = [each for each in results if each["size"] == size and each["way"] in ways]
+        ratios = [each["ratio"] for each in chosen]
+        axis.errorbar(
             ratios,
-            0.75 / len(sizes),
-            yerr=[below, above],
-            error_kw={"lw": 0.7},
+            [ways.index(each["way"]) + (i + 1) / (len(sizes) + 1) - 0.5 for each in chosen],
+            xerr=[
+                [each["ratio"] - each["low"] for each in chosen],
+                [each["high"] - each["ratio"] for each in chosen],
+            ],
+            fmt="o",
+            markersize=4,
+            color=f"C{i}",
             label=f"{size:,}",
         )
-    axis.axhline(1.0, color="black", lw=0.8)
-    axis.set_yscale("log")
-    axis.set_yticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
+    axis.axvline(1.0, color="black", lw=0.8)
+    axis.set_xscale("log")
+    axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10, 20], ["0.1", "0.2", "0.5", *"125", "10", "20"])
     axis.minorticks_off()
-    axis.set_xticks(range(len(ways)), [way.replace(", ", ",\n") for way in ways], fontsize=7)
-    axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=7, ncols=len(sizes), loc="upper left")
+    axis.set_yticks(range(len(ways)), ways)
+    axis.set_ylim(len(ways) - 0.5, -0.5)
+    axis.grid(axis="x", lw=0.4)

@@ -39,20 +39,26 @@ def pytest_cmdline_main(config):
         config.option.dist = "worksteal"
 
 
+def runs_slow_tests(config):
+    return config.getoption("--slow") or config.getoption("--nightly")
+
+
 def pytest_configure(config):
-    """Compiles without optimizing, and draws few examples, except with the slow tests.
+    is_slow = runs_slow_tests(config)
+    hypothesis.settings.load_profile("slow" if is_slow else "quick")
+    # Takes a third from the time of compiling. Later versions have no other code for fusions.
+    if not is_slow and version("jaxlib").startswith("0.10."):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_runtest_setup(item):
+    """Compiles without optimizing, but with the slow tests what is marked `optimized`.
 
     Half of the time of the tests is that of the compiler.
     """
-    is_slow = config.getoption("--slow") or config.getoption("--nightly")
-    hypothesis.settings.load_profile("slow" if is_slow else "quick")
-    if is_slow:
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
-    # Takes a third from the time of compiling. Later versions have no other code for fusions.
-    if version("jaxlib").startswith("0.10."):
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    is_optimized = runs_slow_tests(item.config) and item.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", not is_optimized)
 
 
 def pytest_collection_modifyitems(config, items):

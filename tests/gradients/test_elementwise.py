@@ -16,6 +16,7 @@ from vgrad_eqx._gradients.elementwise import _Elementwise
 from ..helpers import tree_allclose
 
 
+pytestmark = pytest.mark.optimized
 ELEMENTWISE = [
     jnp.sin,
     jnp.tanh,

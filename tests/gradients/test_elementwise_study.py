@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ..helpers import NUM_DEVICES, run_on_eight_devices
 
 
+pytestmark = pytest.mark.optimized
 ACTIVATIONS = [
     *(jnp.tanh, jnp.sin, jax.nn.gelu, jax.nn.silu, jax.nn.softplus, jax.nn.sigmoid, jax.nn.elu),
     *(jax.nn.selu, jax.nn.mish, jax.nn.log_sigmoid, lambda x: jnp.exp(-(x**2)), jax.nn.relu),
