@@ -71,9 +71,9 @@ def _find_reason(error: Exception) -> str | None:
     # JAX 0.12 fails while it puts the first of these messages together.
     if re.search("does not have a corresponding jaxpr input|'Fake' object", str(error)):
         return (
-            "A state that is set in a loop or compiled function cannot be read in a function of "
-            "`jax.lax.custom_linear_solve`, on which `custom_root`, `cg` and `gmres` are built. "
-            "Read its `value` before, and pass it as an argument; set it outside."
+            "A state that is set in a loop or compiled function cannot be read in a function "
+            "of `jax.lax.custom_linear_solve`, on which `custom_root`, `cg` and `gmres` are "
+            "built. Read its `value` before, and pass it as an argument; set it outside."
         )
     return None
 
