@@ -49,7 +49,7 @@ CASES = {
     "states_tracing": Case("tracing over states", states_tracing, [8, 100], apart=True),
     "states_compiled": Case("compiled gradient over states", states_compiled, [100]),
     "choosing": Case("choosing half of the leaves", choosing, [10_000]),
-    "import": Case("import, beyond JAX, Equinox and optax", imports, [1], [1]),
+    "import": Case("import, beyond JAX, Equinox and optax", imports, [1]),
     "saving": Case("saving, in MB", saving, [500], [20]),
     "loading": Case("loading, in MB", loading, [500], [20]),
 }

@@ -366,12 +366,13 @@ def test_threads():
     assert results == {i: [j + i % 4 for j in range(20)] for i in range(8)}
 
 
-def test_many_calls_keep_nothing():
+@pytest.mark.parametrize("times", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_calls_keep_nothing(times):
     func = vg.jit(lambda tree, x: (add_one(tree), x * 2), donate="all-except-first")
     tree, _ = func({"w": jnp.ones(2), "s": "text"}, jnp.ones(2))
     gc.collect()
     before = len(gc.get_objects())
-    for _ in range(10_000):
+    for _ in range(times):
         tree, _ = func(tree, jnp.ones(2))
     gc.collect()
     assert len(gc.get_objects()) - before < 100

@@ -129,6 +129,7 @@ def test_accumulated_gradients_of_bfloat16_are_added_in_float32():
     assert float(state.model["a"][0]) == -86.0
 
 
+@pytest.mark.slow
 def test_accumulation_within_several_steps_and_a_line_search():
     x, y = make_batch(0, (2, 4))
     step = vg.train_step(loss, optax.lbfgs(), steps_per_call=2, accumulate=4)
