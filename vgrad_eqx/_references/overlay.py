@@ -69,7 +69,7 @@ def _find_reason(error: Exception) -> str | None:
             "outside, and pass it as an argument."
         )
     # JAX 0.12 fails while it puts the first of these messages together.
-    if re.search("does not have a corresponding jaxpr input|'Fake' object", str(error)):
+    if re.search("not have a corresponding jaxpr input|'Fake' .* 'arg_names'", str(error)):
         return (
             "A state that is set in a loop or compiled function cannot be read in a function "
             "of `jax.lax.custom_linear_solve`, on which `custom_root`, `cg` and `gmres` are "
