@@ -11,7 +11,7 @@ import jax
 
 
 # Visits of a way begin for as long as the first calls took, within these limits in seconds.
-BRIEFEST, LENGTHIEST = 4, 10
+BRIEFEST, LENGTHIEST = 3, 10
 # How many measurements there are in a visit at most, and of each way at least.
 FEWEST = 5
 # For how many seconds a way is called before it is measured, and for how many it is then.

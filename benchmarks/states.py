@@ -77,7 +77,7 @@ def choosing(num_leaves: int) -> Ways:
     def choose_anew():
         change()
         # A glob that was not asked before, and matches the same leaves.
-        return vg.states(tree, f"layers.*.{{weight,{next(counter)}}}")
+        return vg.states(tree, f"layers.*.[w{next(counter)}]eight")
 
     def choose_again():
         change()
