@@ -142,6 +142,7 @@ FOR_OPTIMIZERS_ONLY = {"monitor"}
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", TABLE)
 def test_all_ways_agree(name):
     row = TABLE[name]
