@@ -176,6 +176,7 @@ def test_scan(transform, getkey):
     assert tree_allclose(result, jax.vmap(lambda x: expected(model, x))(xs))
 
 
+@pytest.mark.slow
 def test_checkpoint(transform):
     model, x = make_mlp(), jnp.ones(3)
     assert tree_allclose(jax.checkpoint(lambda x: transform(model, x))(x), expected(model, x))
