@@ -22,7 +22,7 @@ class Case(NamedTuple):
     """What is measured, and in which sizes: numbers of leaves, or of points.
 
     If `apart`, each way of this library has processes of its own, of which every other one
-    makes the first calls in reverse order. Where arithmetic or the disk counts, all ways share.
+    makes the first calls in reverse order. Elsewhere, all ways share one.
     """
 
     title: str
@@ -60,11 +60,7 @@ LATEST = 20
 
 
 def measure(
-    name: str,
-    size: int,
-    most: int,
-    way: str | None = None,
-    is_reversed: bool = False,
+    name: str, size: int, most: int, way: str | None = None, is_reversed: bool = False
 ) -> dict[str, Timing]:
     """One case, in this process: all ways, or one of this library and the floor."""
     if way is not None:

@@ -43,7 +43,7 @@ def save(path: Path, machine: dict[str, Any], results: list[dict[str, Any]]) -> 
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
-# The cases that are plotted, and those of which the first calls, which compile, are shown.
+# The cases to plot, and those whose first calls, which compile, are shown.
 PLOTTED = ("compiled", "training", "eager", "tracing")
 FIRST_CALLS = {
     "compiled": ["first"],

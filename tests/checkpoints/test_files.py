@@ -226,8 +226,8 @@ def kill(path, times):
     assert len(pairs) == times
     assert all(loaded >= reported for reported, loaded in pairs)
     assert pairs[-1][0] > times // 5
-    # A new file has a name for some microseconds, and keeps it if the process is killed then.
-    assert len(os.listdir(path.parent)) <= 1 + times // 10
+    # Of a file with a name, which it has for some microseconds, a part may remain.
+    assert len(os.listdir(path.parent)) <= 2
 
 
 @pytest.mark.slow

@@ -102,21 +102,20 @@ def test_a_long_run_is_traced_once_in_the_same_memory(make, num_steps):
 
 @pytest.mark.slow
 def test_a_tree_of_20_000_leaves():
-    """Of which a twentieth is used, because each operation takes JAX a millisecond."""
     tree = [{"weight": jnp.full(2, float(i)), "bias": jnp.ones(1)} for i in range(10_000)]
 
     def func(tree, x):
-        return sum([layer["weight"] ** 2 for layer in tree[9::10]], x)
+        return sum([layer["weight"] ** 2 for layer in tree], x)
 
-    params = vg.states(tree, "*9.weight")
-    assert len(params) == 1_000
+    params = vg.states(tree, "*.weight")
+    assert len(params) == 10_000
     assert len(vg.states(tree)) == 20_000
-    with pytest.raises(ValueError, match=r"`0.bias`, `0.weight`, .*, and 18995 more\. Narrow"):
+    with pytest.raises(ValueError, match=r"`0.bias`, .*, `4.bias`, and 9995 more\. Narrow"):
         vg.vector_grad(func, True)(tree, 3.0)
-    grads = vg.vector_grad(func, "*9.weight")(tree, 3.0)
+    grads = vg.vector_grad(func, "*.weight")(tree, 3.0)
     assert list(grads) == list(params)
     assert tree_allclose(grads["9999.weight"], jnp.full(2, 2 * 9999.0))
-    opt = vg.Optimizer(optax.sgd(0.25), tree, "*9.weight")
+    opt = vg.Optimizer(optax.sgd(0.25), tree, "*.weight")
     tree, _ = opt.step(tree, grads)
     assert tree_allclose(tree[9999]["weight"], jnp.full(2, 9999 / 2))
 
@@ -134,8 +133,10 @@ def test_a_leaf_of_2_gigabytes():
         step = vg.train_step(func, optax.sgd(0.125), "w")
         state = step.init(tree)
         del tree
-        state, metrics = step(state, 2.0)
-        assert state.model["w"][-1] == 0.5
+        for _ in range(3):
+            state, metrics = step(state, 2.0)
+            del metrics
+        assert state.model["w"][-1] == 0.125
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

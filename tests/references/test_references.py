@@ -157,7 +157,7 @@ def test_under_vmap_scan_grad_and_checkpoint():
     assert tree_allclose(jax.grad(jax.checkpoint(lambda x: gradient(x).sum()))(X), second)
 
 
-@pytest.mark.parametrize("times", [50, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_threads_share_a_state(times):
     w, h = vg.State(jnp.array([1.0, 2.0, 3.0])), vg.State(jnp.zeros(3))
     gradient = vector_grad(lambda x: (h.value + x * w.value) ** 2, [w])

@@ -56,7 +56,7 @@ def call_with(
             if reason is None or not refs:
                 raise
             names = shorten(list(map(describe, refs.values())))
-            raise ValueError(f"{reason} The states that are used: {names}.") from error
+            raise ValueError(f"{names}: {reason}") from error
 
 
 def _find_reason(error: Exception) -> str | None:
@@ -64,14 +64,14 @@ def _find_reason(error: Exception) -> str | None:
     # JAX has no public type for these errors.
     if type(error).__name__ in ("CustomJVPException", "CustomVJPException"):
         return (
-            "A `custom_jvp` or `custom_vjp` function cannot be differentiated by a state "
+            "a `custom_jvp` or `custom_vjp` function cannot be differentiated by a state "
             "that it reads, because its rule covers only its arguments. Read the `value` "
             "outside, and pass it as an argument."
         )
     # JAX 0.12 fails while it puts the first of these messages together.
     if re.search("not have a corresponding jaxpr input|'Fake' .* 'arg_names'", str(error)):
         return (
-            "A state that is set in a loop or compiled function cannot be read in a function "
+            "a state that is set in a loop or compiled function cannot be read in a function "
             "of `jax.lax.custom_linear_solve`, on which `custom_root`, `cg` and `gmres` are "
             "built. Read its `value` before, and pass it as an argument; set it outside."
         )
