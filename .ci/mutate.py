@@ -8,28 +8,37 @@ the line are run, the quickest first, up to the first that fails. A fault that s
 printed with its line. It is one of these: the tests do not look at what the line does, or
 the fault changes nothing that can be seen from outside.
 
-The time of a run is limited by that of its processor, so that other work does no harm.
+The time of a run is limited by that of its processor, so that other work does no harm. Runs
+are forked from a process that has imported what the tests need, but not the project.
 """
 
 import argparse
 import ast
 import copy
 import json
+import multiprocessing
 import os
+import queue
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import as_completed, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import coverage
+import pytest
+
 
 ROOT = Path(__file__).parent.parent
-ROOMS = sorted(path.name[1:] for path in (ROOT / "vgrad_eqx").glob("_*/"))
+ROOMS = sorted(path.name[1:] for path in (ROOT / "vgrad_eqx").glob("_[a-z]*/"))
 # Of a run with a fault: what the tests take without it, so many times, and a start.
 SLOWER, START = 5, 60
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["brainstate", "equinox", "flax", "hypothesis", "optax", "pytest"])
 
 OPERATORS = {
     ast.Eq: ast.NotEq,
@@ -165,49 +174,67 @@ def list_faults(file):
             put(place, field if index is None else index, node)
 
 
-# Runs as a plugin of pytest: which tests run which lines, and how long each takes.
-PLUGIN = """
-import json, os, time
-import coverage, pytest
+class Coverage:
+    """A plugin of pytest: which tests run which lines of a room, and how long each takes."""
 
-cov = coverage.Coverage(branch=True, include=[os.environ["ROOM"] + "/*"], data_file=None)
-cov.start()
-times = {}
+    def __init__(self, room, found):
+        self.coverage = coverage.Coverage(branch=True, include=[f"{room}/*"], data_file=None)
+        self.found = found
+        self.times = {}
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item):
-    cov.switch_context(item.nodeid)
-    start = time.process_time()
-    yield
-    times[item.nodeid] = time.process_time() - start
-    cov.switch_context("")
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.coverage.switch_context(item.nodeid)
+        start = time.process_time()
+        try:
+            return (yield)
+        finally:
+            self.times[item.nodeid] = time.process_time() - start
+            self.coverage.switch_context("")
 
-def pytest_sessionfinish():
-    cov.stop()
-    data = cov.get_data()
-    lines = {file: data.contexts_by_lineno(file) for file in data.measured_files()}
-    with open(os.environ["FOUND"] + ".txt", "w") as file:
-        percent = cov.report(file=file)
-    with open(os.environ["FOUND"], "w") as file:
-        json.dump({"lines": lines, "times": times, "percent": percent}, file)
-"""
+    def pytest_sessionfinish(self):
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        lines = {file: data.contexts_by_lineno(file) for file in data.measured_files()}
+        with open(os.devnull, "w") as file:
+            percent = self.coverage.report(file=file)
+        found = {"lines": lines, "times": self.times, "percent": percent}
+        self.found.write_text(json.dumps(found))
 
 
-def run_pytest(folder, args, *, seconds=None, env=None):
+def run_pytest(folder, args, seconds=None, room=None):
+    """The whole of a forked process. Prints into a file, and writes what `Coverage` finds."""
+    os.chdir(folder)
+    os.environ["MPLBACKEND"] = "agg"
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path.insert(0, str(folder))
+    if seconds:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    with open(folder / "printed.txt", "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    plugins = []
+    if room:
+        plugin = Coverage(folder / "vgrad_eqx" / f"_{room}", folder / "found.json")
+        plugin.coverage.start()
+        plugins.append(plugin)
+    # What is imported already is not the project's.
+    ignore = "ignore::pytest.PytestAssertRewriteWarning"
+    options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-W", ignore]
+    status = pytest.main([*options, *args], plugins)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def fork_pytest(folder, args, seconds=None, room=None):
     """Runs pytest in a copy of the project. Returns what it prints, and its exit status."""
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
-    limit = lambda: seconds and resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    result = subprocess.run(
-        [*command, *args],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "agg", **(env or {})},
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-        check=False,
-    )
-    return result.stdout, result.returncode
+    process = FORKS.Process(target=run_pytest, args=(folder, args, seconds, room))
+    process.start()
+    process.join(seconds and 10 * seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return (folder / "printed.txt").read_text(), process.exitcode
 
 
 def copy_project(folder):
@@ -221,74 +248,93 @@ def copy_project(folder):
 
 def find_lines(folder, room):
     """The tests that run each line of a room, with the times of the tests and the coverage."""
-    (folder / "found_plugin.py").write_text(PLUGIN)
-    found = folder / "found.json"
-    env = {"ROOM": str(folder / "vgrad_eqx" / f"_{room}"), "FOUND": str(found)}
-    printed, status = run_pytest(folder, ["-p", "found_plugin", f"tests/{room}"], env=env)
+    printed, status = fork_pytest(folder, [f"tests/{room}"], room=room)
     if status:
-        sys.exit(f"The tests of {room} fail without a fault:\n{printed}")
-    return json.loads(found.read_text())
+        raise RuntimeError(f"The tests of {room} fail without a fault:\n{printed}")
+    found = json.loads((folder / "found.json").read_text())
+    found["lines"] = {
+        str(Path(file).relative_to(folder)): lines for file, lines in found["lines"].items()
+    }
+    return found
 
 
-def try_fault(folder, fault, tests, times):
-    """The first test that notices a fault, or `None`."""
+def find_tests(found, fault):
+    lines = found["lines"].get(str(fault.file.relative_to(ROOT)), {})
+    for line in (fault.line, fault.statement):
+        runs = lines.get(str(line), [])
+        if runs:
+            # What runs as the module is imported is for all tests.
+            tests = [test for test in runs if test] or list(found["times"])
+            return sorted(tests, key=found["times"].__getitem__)
+    return []
+
+
+def try_fault(folders, fault, found):
+    """The number of tests that run a line, and whether one of them notices its fault."""
+    tests = find_tests(found, fault)
+    if not tests:
+        return 0, False
+    folder = folders.get()
     file = folder / fault.file.relative_to(ROOT)
     original = file.read_text()
     file.write_text(fault.source)
     try:
-        limit = int(START + SLOWER * sum(times[test] for test in tests))
-        printed, status = run_pytest(folder, ["-x", "-rfE", *tests], seconds=limit)
+        seconds = int(START + SLOWER * sum(found["times"][test] for test in tests))
+        _, status = fork_pytest(folder, ["-x", *tests], seconds)
     finally:
         file.write_text(original)
-    failed = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return None if status == 0 else failed[0] if failed else f"exit status {status}"
+        folders.put(folder)
+    return len(tests), status != 0
 
 
-def find_tests(lines, fault, all_tests):
-    for line in (fault.line, fault.statement):
-        runs = lines.get(str(line), [])
-        tests = [test for test in runs if test]
-        if runs:
-            # What runs as the module is imported is for all tests.
-            return tests or all_tests
-    return []
-
-
-def try_room(folder, room, num_faults, seed):
-    found = find_lines(folder, room)
-    faults = [
-        f for file in (ROOT / "vgrad_eqx" / f"_{room}").glob("*.py") for f in list_faults(file)
-    ]
+def draw_faults(room, num_faults, seed):
+    files = sorted((ROOT / "vgrad_eqx" / f"_{room}").glob("*.py"))
+    faults = [fault for file in files for fault in list_faults(file)]
     faults.sort(key=lambda fault: (str(fault.file), fault.line, fault.after))
-    survivors = []
-    drawn = random.Random(seed).sample(faults, min(num_faults, len(faults)))
-    for fault in drawn:
-        lines = found["lines"].get(str(folder / fault.file.relative_to(ROOT)), {})
-        tests = find_tests(lines, fault, list(found["times"]))
-        tests.sort(key=found["times"].__getitem__)
-        first = try_fault(folder, fault, tests, found["times"]) if tests else None
-        place = f"{fault.file.relative_to(ROOT)}:{fault.line}"
-        what = "noticed " if first else "SURVIVED" if tests else "NOT RUN "
-        print(f"  {what} {place} ({len(tests)} tests)")
+    return random.Random(seed).sample(faults, min(num_faults, len(faults)))
+
+
+def try_faults(executor, folders, faults, found):
+    """Prints what happens to each fault, and returns the number of those that survive."""
+    num_survivors = 0
+    runs = {executor.submit(try_fault, folders, fault, found): fault for fault in faults}
+    for run in as_completed(runs):
+        fault, (num_tests, is_noticed) = runs[run], run.result()
+        what = "noticed " if is_noticed else "SURVIVED" if num_tests else "NOT RUN "
+        print(f"  {what} {fault.file.relative_to(ROOT)}:{fault.line} ({num_tests} tests)")
         print(f"    {fault.before}  ->  {fault.after}", flush=True)
-        if not first:
-            survivors.append(fault)
-    return len(drawn), len(survivors), found["percent"]
+        num_survivors += not is_noticed
+    return num_survivors
+
+
+def try_rooms(folder, rooms, num_faults, num_processes, seed):
+    folders = queue.Queue()
+    for i in range(num_processes):
+        folders.put(folder / str(i))
+        copy_project(folder / str(i))
+    with ThreadPoolExecutor(num_processes) as executor:
+        # The lines of all rooms first: a room of which the tests fail stops all.
+        copies = [folder / room for room in rooms]
+        for copied in copies:
+            copy_project(copied)
+        all_found = list(executor.map(find_lines, copies, rooms))
+        for room, found in zip(rooms, all_found, strict=True):
+            print(room)
+            faults = draw_faults(room, num_faults, seed)
+            num_survivors = try_faults(executor, folders, faults, found)
+            yield room, len(faults), num_survivors, found["percent"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rooms", nargs="*", default=ROOMS, help=f"of {', '.join(ROOMS)}")
     parser.add_argument("--faults", type=int, default=50, help="of each room")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
-        copy_project(folder)
-        for room in args.rooms:
-            print(room)
-            rows.append((room, *try_room(folder, room, args.faults, args.seed)))
+        rows = list(try_rooms(folder, args.rooms, args.faults, args.processes, args.seed))
     print(f"\n{'room':<12} {'faults':>6} {'noticed':>8} {'coverage':>9}")
     for room, num_faults, num_survivors, percent in rows:
         noticed = 1 - num_survivors / num_faults
