@@ -160,7 +160,9 @@ def test_over_states_by_reference(name):
     assert tree_allclose(compiled(2.0), expected)
 
 
-@pytest.mark.parametrize("name", JACOBIANS)
+@pytest.mark.parametrize(
+    "name", ["jacrev", "jacfwd", pytest.param("hessian", marks=pytest.mark.slow)]
+)
 @draw(3)
 @hypothesis.given(func=funcs, tree=trees([jnp.float32, jnp.float16]))
 def test_jacobians_are_those_of_jax(name, func, tree):

@@ -25,6 +25,7 @@ def transform():
         yield vg.vector_grad(apply, vg.path(*PATHS), argnums=1, return_value=True)
 
 
+@eqx.filter_jit
 def expected(model, x):
     value, pull_back = eqx.filter_vjp(apply, model, x)
     grads, grad = pull_back(jnp.ones(2))

@@ -429,9 +429,10 @@ def test_wrong_uses():
         vg.jit(jnp.sin, donate="first")  # pyright: ignore[reportArgumentType]
 
 
-def test_many_kinds_of_arguments():
+def test_many_kinds_of_arguments(monkeypatch):
+    monkeypatch.setattr("vgrad_eqx._jit.jit._MOST", 3)
     compiled = vg.jit(vg.vector_grad(lambda w, power: w**power))
-    for power in [*range(2, 80), 2, 3]:
+    for power in [*range(2, 9), 2, 3, 8]:
         assert float(compiled(jnp.array(1.0), power)) == power
 
 

@@ -79,7 +79,14 @@ def fit(tx, name, scale=None, steps=3):
     return {path: value / jnp.asarray(SI[path]) for path, value in si(params).items()}
 
 
-@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+LONG = "lbfgs with zoom line search"  # to compile
+ROWS = [
+    pytest.param(row, id=name, marks=[pytest.mark.slow] if name == LONG else [])
+    for name, row in TABLE.items()
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_with_a_scale_the_fit_does_not_depend_on_the_units(row):
     reference = fit(row.make(), "small", SCALE)
     assert max(float(jnp.max(jnp.abs(value - 1))) for value in reference.values()) > 1e-6
@@ -87,17 +94,16 @@ def test_with_a_scale_the_fit_does_not_depend_on_the_units(row):
     assert tree_allclose(large, reference, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+@pytest.mark.parametrize("row", ROWS)
 def test_without_a_scale_it_does(row):
     small, large = fit(row.make(), "small"), fit(row.make(), "large")
     holds = tree_allclose(small, large, rtol=1e-2, atol=1e-2)
     assert holds is row.holds_without_scale, row.why
 
 
-LONG = pytest.param("lbfgs with zoom line search", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", ["momentum", "adamw", LONG])
+@pytest.mark.parametrize(
+    "name", ["momentum", "adamw", pytest.param(LONG, marks=pytest.mark.slow)]
+)
 def test_mixed_spellings_agree_too(name):
     small, odd = [fit(TABLE[name].make(), each, SCALE, steps=5) for each in ("small", "odd")]
     assert tree_allclose(small, odd, rtol=2e-3, atol=2e-3)
