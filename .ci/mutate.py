@@ -2,11 +2,12 @@
 
     python .ci/mutate.py tree select --faults 15
 
-For each room, its tests run once, to find the lines that each test runs. Then faults are
-drawn by a seed and put, one at a time, into a copy of the project, in which the tests that run
-the line are run, the quickest first, up to the first that fails. A fault that survives is
-printed with its line. It is one of these: the tests do not look at what the line does, or
-the fault changes nothing that can be seen from outside.
+The tests of a room are those in `tests/ROOM`, and those of all rooms together, which are in
+`tests` itself. They run once, to find the lines that each test runs. Then faults are drawn by
+a seed and put, one at a time, into a copy of the project, in which the tests that run the line
+are run, the quickest first, up to the first that fails. A fault that survives is printed with
+its line. It is one of these: the tests do not look at what the line does, or the fault changes
+nothing that can be seen from outside. The coverage is that by `tests/ROOM`.
 
 The time of a run is limited by that of its processor, so that other work does no harm. Runs
 are forked from a process that has imported what the tests need, but not the project.
@@ -117,6 +118,11 @@ def drop_last(node):
     return [change(node, elts=node.elts[:-1])] if is_read else []
 
 
+def return_none(node):
+    is_none = node.value is None or ast.unparse(node.value) == "None"
+    return [] if is_none else [change(node, value=ast.Constant(None))]
+
+
 # What may be wrong with a node of each type: copies of it, each with one fault.
 MUTATIONS = {
     ast.Compare: swap_operator,
@@ -127,7 +133,7 @@ MUTATIONS = {
     ast.IfExp: negate_test,
     ast.While: negate_test,
     ast.Constant: change_constant,
-    ast.Return: lambda node: [change(node, value=ast.Constant(None))] if node.value else [],
+    ast.Return: return_none,
     ast.Expr: lambda node: [ast.Pass()] if isinstance(node.value, ast.Call) else [],
     ast.Call: drop_keywords,
     ast.Tuple: drop_last,
@@ -139,7 +145,9 @@ LEFT_OUT = (ast.Raise, ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom)
 
 
 def is_left_out(node):
-    return isinstance(node, LEFT_OUT) or getattr(node, "arg", None) == "strict"
+    is_overload = "overload" in map(ast.unparse, getattr(node, "decorator_list", []))
+    is_invariant = getattr(node, "arg", None) == "strict"
+    return isinstance(node, LEFT_OUT) or is_overload or is_invariant
 
 
 def list_nodes(node, statement=0, parent=None, field=None, index=None):
@@ -175,10 +183,14 @@ def list_faults(file):
 
 
 class Coverage:
-    """A plugin of pytest: which tests run which lines of a room, and how long each takes."""
+    """A plugin of pytest: which tests run which lines of the package, and how long each takes.
 
-    def __init__(self, room, found):
-        self.coverage = coverage.Coverage(branch=True, include=[f"{room}/*"], data_file=None)
+    It also finds the coverage of a folder.
+    """
+
+    def __init__(self, package, measured, found):
+        self.coverage = coverage.Coverage(branch=True, include=[f"{package}/*"], data_file=None)
+        self.measured = measured
         self.found = found
         self.times = {}
 
@@ -197,13 +209,13 @@ class Coverage:
         data = self.coverage.get_data()
         lines = {file: data.contexts_by_lineno(file) for file in data.measured_files()}
         with open(os.devnull, "w") as file:
-            percent = self.coverage.report(file=file)
+            percent = self.coverage.report(file=file, include=[f"{self.measured}/*"])
         found = {"lines": lines, "times": self.times, "percent": percent}
         self.found.write_text(json.dumps(found))
 
 
-def run_pytest(folder, args, seconds=None, room=None):
-    """The whole of a forked process. Prints into a file, and writes what `Coverage` finds."""
+def run_pytest(folder, args, seconds=None, measured=None):
+    """The whole of a forked process. Prints into a file, and finds `Coverage` of a folder."""
     os.chdir(folder)
     os.environ["MPLBACKEND"] = "agg"
     os.environ["PYTHONPATH"] = str(folder)
@@ -214,8 +226,8 @@ def run_pytest(folder, args, seconds=None, room=None):
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     plugins = []
-    if room:
-        plugin = Coverage(folder / "vgrad_eqx" / f"_{room}", folder / "found.json")
+    if measured:
+        plugin = Coverage(folder / "vgrad_eqx", folder / measured, folder / "found.json")
         plugin.coverage.start()
         plugins.append(plugin)
     # What is imported already is not the project's.
@@ -226,9 +238,9 @@ def run_pytest(folder, args, seconds=None, room=None):
     os._exit(status)
 
 
-def fork_pytest(folder, args, seconds=None, room=None):
+def fork_pytest(folder, args, seconds=None, measured=None):
     """Runs pytest in a copy of the project. Returns what it prints, and its exit status."""
-    process = FORKS.Process(target=run_pytest, args=(folder, args, seconds, room))
+    process = FORKS.Process(target=run_pytest, args=(folder, args, seconds, measured))
     process.start()
     process.join(seconds and 10 * seconds)
     if process.is_alive():
@@ -246,27 +258,31 @@ def copy_project(folder):
             shutil.copy(source, folder / name)
 
 
-def find_lines(folder, room):
-    """The tests that run each line of a room, with the times of the tests and the coverage."""
-    printed, status = fork_pytest(folder, [f"tests/{room}"], room=room)
+def find_lines(folder, tests, measured):
+    """The tests that run each line, with their times, and the coverage of a folder."""
+    copy_project(folder)
+    printed, status = fork_pytest(folder, tests, measured=measured)
     if status:
-        raise RuntimeError(f"The tests of {room} fail without a fault:\n{printed}")
+        raise RuntimeError(f"The tests fail without a fault:\n{printed}")
     found = json.loads((folder / "found.json").read_text())
     found["lines"] = {
-        str(Path(file).relative_to(folder)): lines for file, lines in found["lines"].items()
+        (str(Path(file).relative_to(folder)), int(line)): runs
+        for file, lines in found["lines"].items()
+        for line, runs in lines.items()
     }
     return found
 
 
 def find_tests(found, fault):
-    lines = found["lines"].get(str(fault.file.relative_to(ROOT)), {})
+    times = {test: time for each in found for test, time in each["times"].items()}
     for line in (fault.line, fault.statement):
-        runs = lines.get(str(line), [])
+        place = str(fault.file.relative_to(ROOT)), line
+        runs = [test for each in found for test in each["lines"].get(place, [])]
         if runs:
             # What runs as the module is imported is for all tests.
-            tests = [test for test in runs if test] or list(found["times"])
-            return sorted(tests, key=found["times"].__getitem__)
-    return []
+            tests = [test for test in runs if test] or list(times)
+            return {test: times[test] for test in sorted(tests, key=times.__getitem__)}
+    return {}
 
 
 def try_fault(folders, fault, found):
@@ -279,7 +295,7 @@ def try_fault(folders, fault, found):
     original = file.read_text()
     file.write_text(fault.source)
     try:
-        seconds = int(START + SLOWER * sum(found["times"][test] for test in tests))
+        seconds = int(START + SLOWER * sum(tests.values()))
         _, status = fork_pytest(folder, ["-x", *tests], seconds)
     finally:
         file.write_text(original)
@@ -312,17 +328,17 @@ def try_rooms(folder, rooms, num_faults, num_processes, seed):
     for i in range(num_processes):
         folders.put(folder / str(i))
         copy_project(folder / str(i))
+    of_all = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py"))
     with ThreadPoolExecutor(num_processes) as executor:
-        # The lines of all rooms first: a room of which the tests fail stops all.
-        copies = [folder / room for room in rooms]
-        for copied in copies:
-            copy_project(copied)
-        all_found = list(executor.map(find_lines, copies, rooms))
-        for room, found in zip(rooms, all_found, strict=True):
+        find = lambda *args: executor.submit(find_lines, *args)
+        of_all = find(folder / "all", of_all, "vgrad_eqx")
+        runs = [find(folder / room, [f"tests/{room}"], f"vgrad_eqx/_{room}") for room in rooms]
+        for room, run in zip(rooms, runs, strict=True):
+            found = [run.result(), of_all.result()]
             print(room)
             faults = draw_faults(room, num_faults, seed)
             num_survivors = try_faults(executor, folders, faults, found)
-            yield room, len(faults), num_survivors, found["percent"]
+            yield room, len(faults), num_survivors, found[0]["percent"]
 
 
 def main():

@@ -79,6 +79,17 @@ def test_the_file_is_on_the_disk_before_its_name_is(path, system, monkeypatch):
     assert steps == ["file", "name", "folder"]
 
 
+def test_a_file_has_no_name_before_it_is_on_the_disk(path, monkeypatch):
+    try:
+        os.close(os.open(path.parent, os.O_TMPFILE | os.O_RDWR))
+    except (AttributeError, OSError):
+        pytest.skip("This file system has no files without a name.")
+    names = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: names.append(os.listdir(path.parent)))
+    vg.save(path, OLD)
+    assert names == [[], [path.name]]
+
+
 def test_a_disk_without_fsync_is_written_to(path, system, monkeypatch):
     def fail(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")

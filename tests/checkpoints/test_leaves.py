@@ -163,6 +163,21 @@ def test_every_dtype_of_jax_comes_back(path, dtype, shape):
     assert is_same(loaded["b"], ones)
 
 
+def test_arrays_are_on_the_devices_of_those_before(path):
+    device = jax.devices()[0]
+    mesh = jax.make_mesh((1,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    like = {
+        "anywhere": jnp.zeros(2),
+        "committed": jax.device_put(jnp.zeros(2), device),
+        "sharded": jax.device_put(jnp.zeros(2), sharding),
+    }
+    vg.save(path, dict.fromkeys(like, jnp.ones(2)))
+    loaded = vg.load(path, like)
+    assert [loaded[name].committed for name in like] == [False, True, True]
+    assert loaded["sharded"].sharding == sharding
+
+
 def test_long_doubles_come_back(path):
     array = np.array([1, 2], "longdouble") / 3
     vg.save(path, {"a": array, "b": array[0]})

@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import vgrad_eqx as vg
-from vgrad_eqx._gradients.elementwise import _Elementwise
+from vgrad_eqx._gradients.elementwise import make_weights
 
 from ..helpers import tree_allclose
 
@@ -118,10 +118,11 @@ def test_a_function_that_sets_a_state_may_be_compiled(order):
         assert seen.value.tolist() == [2.0, 4.0]
 
 
-@pytest.mark.parametrize("order", [1, 2, 4])
-def test_all_elements_of_a_large_batch_have_their_own_weights(order):
-    rule = _Elementwise(order, True)
-    weights = rule._make_weights((5000,), [jnp.ones(1)])  # noqa: SLF001
+@pytest.mark.parametrize(
+    ("order", "dtype"), [(1, "float32"), (2, "float32"), (4, "float32"), (9, "float16")]
+)
+def test_all_elements_of_a_large_batch_have_their_own_weights(order, dtype):
+    weights = make_weights((5000,), [jnp.ones(1, dtype)], order)
     powers = {tuple(column) for column in np.stack(weights, 1) ** order}
     assert len(powers) == 5000
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools as ft
 import warnings
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -108,6 +109,11 @@ def test_the_leaves_of_a_transform_are_those_of_func_and_cotangent():
     assert (
         jax.tree.leaves(vg.vector_grad(jnp.sin, vg.leaf(eqx.is_array), cotangent=jnp.cos)) == []
     )
+    options: Any = {
+        name: True for name in ("return_value", "has_aux", "unit_aware", "debug_nan")
+    }
+    options |= {"argnums": (0, 1), "check_states": False}
+    assert jax.tree.leaves(vg.vector_grad(jnp.sin, {"a": "b"}, **options)) == []
 
 
 def test_a_transform_made_anew_is_not_traced_anew_as_an_argument():

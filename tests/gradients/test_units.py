@@ -253,6 +253,11 @@ def test_states_that_are_written_have_units():
     assert u.get_unit(gradient(1.0 * u.ms)["a"][0]) == u.ms
 
 
+def test_integers_with_a_unit_are_converted_by_a_product():
+    with pytest.raises(TypeError, match="nothing can be differentiated. .* by `1.0 . x`"):
+        vector_grad(jnp.square, unit_aware=True)(jnp.array(2) * u.ms)
+
+
 @pytest.mark.parametrize("wrap", [jax.jit, eqx.filter_jit])
 def test_one_trace_per_unit(wrap):
     calls = []

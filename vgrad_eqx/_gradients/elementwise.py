@@ -216,7 +216,7 @@ class _Elementwise:
         result = product(ones)
         if not self.check or math.prod(shape) < 2:
             return list(result[-1])
-        weights = [jnp.asarray(each, dtype) for each in self._make_weights(shape, arrays)]
+        weights = [jnp.asarray(each, dtype) for each in make_weights(shape, arrays, self.order)]
         fixed = lambda vector: jax.lax.stop_gradient(product(vector))
         if _is_tracing():
             # Products in one compiled program may be rounded in different ways, but those of
@@ -235,22 +235,23 @@ class _Elementwise:
             for result, fault, name in zip(result[-1], faults, names, strict=True)
         ]
 
-    def _make_weights(self, shape: tuple[int, ...], arrays: Sequence[Any]) -> list[Any]:
-        """Vectors of signed powers of two, such that no two elements have the same weights.
 
-        They encode the digits of the index of each element. There are at least two vectors, so
-        that mixtures of several elements are detected as well.
-        """
-        most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
-        exponents = 1 + min(30, most // 2 - 1) // self.order
-        # An even power has no sign, but the first derivative has, of what is left then.
-        base = max(2, exponents if self.order % 2 == 0 else 2 * exponents)
-        numbers = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape)
-        weights = []
-        while len(weights) < 2 or numbers.any():
-            numbers, digit = np.divmod(numbers, base)
-            weights.append(np.where(digit < exponents, 1, -1) * 2.0 ** (digit % exponents))
-        return weights
+def make_weights(shape: tuple[int, ...], arrays: Sequence[Any], order: int) -> list[Any]:
+    """Vectors of signed powers of two, such that no two elements have the same weights.
+
+    They encode the digits of the index of each element. There are at least two vectors, so
+    that mixtures of several elements are detected as well.
+    """
+    most = min(jnp.finfo(jnp.result_type(array)).maxexp for array in arrays)
+    exponents = 1 + min(30, most // 2 - 1) // order
+    # An even power has no sign, but the first derivative has, of what is left then.
+    base = max(2, exponents if order % 2 == 0 else 2 * exponents)
+    numbers = np.random.default_rng(0).permutation(math.prod(shape)).reshape(shape)
+    weights = []
+    while len(weights) < 2 or numbers.any():
+        numbers, digit = np.divmod(numbers, base)
+        weights.append(np.where(digit < exponents, 1, -1) * 2.0 ** (digit % exponents))
+    return weights
 
 
 def _push(func: Callable[..., Any], vector: Array, order: int) -> Callable[..., Any]:
