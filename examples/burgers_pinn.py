@@ -102,7 +102,7 @@ def plot(t, x, ours, exact, losses, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000, help="number of steps")
+    parser.add_argument("--steps", type=int, default=2000, help="number of steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of network and points")
     parser.add_argument("--out", type=Path, default=Path("burgers_pinn.png"), help="the plot")
     args = parser.parse_args()

@@ -120,6 +120,12 @@ def test_a_state_keeps_the_unit_or_refuses():
         vg.State({"q": make("like astropy")})
 
 
+def test_refused_as_the_derivative_by_a_state():
+    state = vg.State(Length(jnp.array(2.0), "km"))
+    with pytest.raises(TypeError, match=MATCH):
+        vg.vector_grad(lambda: state.value.value**2, state, unit_aware=True)()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_refused_in_a_checkpoint(kind, tmp_path):
     with pytest.raises(TypeError, match=rf"`save\(tree=...\)` {MATCH}"):

@@ -170,12 +170,18 @@ def test_decorates_a_method_of_a_plain_class():
     assert float(Plain().square(3.0)) == 6.0
 
 
+def scale(affine, x, *, by):
+    return by * affine(x)
+
+
 AFFINES = {
     "module": lambda affine: affine,
     "bound method": lambda affine: affine.__call__,
     "bound compiled method": lambda affine: affine.compiled,
     "Partial": lambda affine: eqx.Partial(apply, affine),
     "Partial of a module": lambda affine: eqx.Partial(affine),
+    "Partial with keywords": lambda affine: eqx.Partial(scale, affine, by=1.0),
+    "Partial of a Partial": lambda affine: eqx.Partial(eqx.Partial(scale, affine), by=1.0),
     "filter_vmap": lambda affine: eqx.filter_vmap(affine, in_axes=None, axis_size=1),
 }
 

@@ -237,6 +237,22 @@ def test_lowered_and_compiled_ahead_of_time():
     assert tree_allclose(result, {"a": jnp.full(2, 45.0), "b": {"c": (3,)}})
 
 
+def test_to_lower_leaves_nothing_behind():
+    func = vg.jit(lambda x: 2 * x, donate="all")
+    filters = list(warnings.filters)
+    func.lower(jnp.ones(2))
+    assert list(warnings.filters) == filters
+
+
+def test_a_repeated_call_does_not_search_for_its_program(monkeypatch):
+    func = vg.jit(lambda x: 2 * x)
+    func(jnp.ones(2))
+    monkeypatch.delattr("vgrad_eqx._jit.jit._Programs.find")
+    assert tree_allclose(func(jnp.ones(2)), jnp.full(2, 2.0))
+    with pytest.raises(AttributeError, match="find"):
+        func(1)
+
+
 def test_inside_of_each_other_and_of_transformations():
     model, xs = make_mlp(), jnp.ones((4, 3))
     loss = lambda model, x: jnp.sum(model(x) ** 2)
