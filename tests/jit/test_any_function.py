@@ -245,12 +245,16 @@ def test_to_lower_leaves_nothing_behind():
 
 
 def test_a_repeated_call_does_not_search_for_its_program(monkeypatch):
-    func = vg.jit(lambda x: 2 * x)
-    func(jnp.ones(2))
-    monkeypatch.delattr("vgrad_eqx._jit.jit._Programs.find")
-    assert tree_allclose(func(jnp.ones(2)), jnp.full(2, 2.0))
-    with pytest.raises(AttributeError, match="find"):
-        func(1)
+    func = vg.jit(lambda *args, by=2: args[0] * by if args else by)
+    calls = [((jnp.ones(2),), {}), ((jnp.ones(2),), {"by": 3}), ((), {})]
+    results = []
+    for args, kwargs in calls:
+        results.append(func(*args, **kwargs))
+        with monkeypatch.context() as patch:
+            patch.delattr("vgrad_eqx._jit.jit._Programs.find")
+            assert tree_allclose(func(*args, **kwargs), results[-1])
+            with pytest.raises(AttributeError, match="find"):
+                func(1)
 
 
 def test_inside_of_each_other_and_of_transformations():

@@ -288,3 +288,20 @@ def test_results_have_the_types_that_jax_gives():
         ]
         assert types[0] == types[1][: len(types[0])]
     assert state.value.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("donate", ["none", "all"])
+def test_other_shapes_may_use_other_states(donate):
+    calls, large = vg.State(jnp.array(0)), vg.State(jnp.zeros(3))
+
+    @vg.jit(donate=donate)
+    def count(x):
+        calls.value += 1
+        if x.shape == (3,):
+            large.value += x
+        return calls.value * 1
+
+    for number, x in enumerate([jnp.ones(2), X, jnp.ones(2), X], start=1):
+        assert int(count(jnp.array(x))) == number
+    assert int(calls.value) == 4
+    assert large.value.tolist() == [2.0, 4.0, 6.0]

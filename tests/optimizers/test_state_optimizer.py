@@ -133,7 +133,7 @@ def test_wrong_states():
         vg.StateOptimizer(optax.sgd(1.0), "**.weight")
     with pytest.raises(TypeError, match="must name states with an inexact array in them"):
         vg.StateOptimizer(optax.sgd(1.0), [vg.State(1)])
-    twice = {"a.b": vg.State(1.0), "a": {"b": vg.State(2.0)}}
+    twice = {"a.b": vg.State(1.0), "a": {"b": vg.State(2.0)}, "c": vg.State(3.0)}
     with pytest.raises(ValueError, match="names that differ. Got `a.b` twice. Rename"):
         vg.StateOptimizer(optax.sgd(1.0), twice)
 
