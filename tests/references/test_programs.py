@@ -1,6 +1,7 @@
 """Programs over states are equal to the same programs, written without them."""
 
 import functools as ft
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -350,3 +351,25 @@ def test_tracers_do_not_leak():
         transform = vector_grad(lambda x: through_all(w, h, x), [w], argnums=0)
         transform(X)
         jax.jit(lambda x: transform(x))(X)
+
+
+@pytest.mark.parametrize("by_state", [False, True])
+def test_a_repeated_eager_call_compiles_nothing(by_state, caplog):
+    s = vg.State(H)
+
+    @jax.jit
+    def helper(w):
+        s.value = jnp.sin(s.value)
+        return w * s.value
+
+    block = jax.checkpoint(lambda w: helper(w) * s.value)
+    body = lambda carry, _: (block(carry), None)
+    func = lambda w: lax.scan(body, lax.cond(w[0] > 0, helper, block, w), length=2)[0]
+    gradient = vector_grad(func, s) if by_state else vector_grad(func)
+    for _ in range(2):
+        gradient(X)
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG):
+        gradient(X)
+        assert "ompil" not in caplog.text
+        jax.jit(lambda x: x)(X)
+        assert "ompil" in caplog.text

@@ -197,6 +197,11 @@ def test_reprs_say_what_was_written():
     selector = ~(vg.path("a.*") | vg.instance((Net, Body))) & vg.leaf(eqx.is_array)
     assert repr(selector) == "(~(path('a.*') | instance(Net | Body)) & leaf(is_array))"
     assert repr(vg.at(lambda net: net)) == "at(<lambda>)"
+    assert repr(vg.path("a") | eqx.is_array) == "(path('a') | is_array)"
+    assert repr(vg.path("a") | True) == "(path('a') | True)"
+    assert repr(vg.path("a") | [True]) == "(path('a') | True)"
+    assert repr(vg.path("a") | [False]) == "(path('a') | a filter spec of 1 entry)"
+    assert repr(vg.path("a") | [True, False]) == "(path('a') | a filter spec of 2 entries)"
 
 
 def test_selectors_are_equal_when_written_alike():

@@ -74,16 +74,16 @@ def test_rows_that_are_merged_keep_the_sum_of_sizes(num_blocks):
 
 def test_values_are_shown_in_their_units():
     fit = {
-        "few": jnp.array([0.5, -2.0], "bfloat16"),
+        "few": jnp.array([0.5, -2.0, 0.0, 1.0], "bfloat16"),
         "many": jnp.arange(5, dtype="float16") * u.mvolt,
         "tau": vg.State(jnp.array(12.5, "float16") * u.ms),
     }
     assert str(vg.summary(fit, vg.path("few", "many"), values=True)).splitlines() == [
-        "path  shape  dtype     value    unit  size",
-        "few   (2,)   bfloat16  0.5, -2           2  chosen",
-        "many  (5,)   float16   0 ... 4  mV       5  chosen",
-        "tau   ()     float16   12.5     ms       1  frozen",
-        "chosen: 7 of 8 parameters, in 2 of 3 arrays",
+        "path  shape  dtype     value          unit  size",
+        "few   (4,)   bfloat16  0.5, -2, 0, 1           4  chosen",
+        "many  (5,)   float16   0 ... 4        mV       5  chosen",
+        "tau   ()     float16   12.5           ms       1  frozen",
+        "chosen: 9 of 10 parameters, in 2 of 3 arrays",
     ]
 
 

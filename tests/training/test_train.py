@@ -757,3 +757,26 @@ def test_nodes_that_check_what_they_hold_are_never_rebuilt_with_anything_else():
     state, metrics = step(step.init(model))
     assert float(metrics.value) == 6.0
     assert tree_allclose(state.model["node"].angles, jnp.zeros(3))
+
+
+def test_models_that_differ_in_a_static_leaf_have_programs_of_their_own():
+    func = lambda model, x: jnp.sum(model["w"] * x) * model["scale"]
+    step = vg.train_step(func, optax.sgd(0.5), "w")
+    for scale in (2, 3, 2.0, True):
+        state, metrics = step(step.init({"w": jnp.ones(3), "scale": scale}), jnp.ones(3))
+        assert float(metrics.value) == 3 * scale
+        assert state.model["w"].tolist() == [1 - scale / 2] * 3
+
+
+def test_keywords_reach_a_function_that_uses_more_states():
+    w, calls = vg.State(jnp.ones(3)), vg.State(jnp.array(0))
+
+    def func(x, *, by):
+        calls.value += 1
+        return jnp.sum(by * w.value * x)
+
+    step = vg.train_step(func, optax.sgd(0.5), w)
+    state, _ = step(step.init(), jnp.ones(3), by=2.0)
+    state.sync()
+    assert w.value.tolist() == [0.0] * 3
+    assert int(calls.value) == 1

@@ -16,7 +16,7 @@ import numpy as np
 
 from .._tree.flat import FlatTree, refuse_endless, replace_at
 from .._tree.numpy_leaves import as_given
-from .._tree.prompt import AtPrompt
+from .._tree.prompt import AtPrompt, brief
 from .._tree.state import find_states, refuse_brainstate
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import split_unit
@@ -242,10 +242,11 @@ class _Spec(Selector):
 
     def __repr__(self) -> str:
         if len(self.entries) == 1 and jtu.treedef_is_leaf(self.structure):
-            return show(self.entries[0])
+            return brief(self.entries[0])
         if self.entries == (True,):
             return "True"
-        return f"a filter spec of {len(self.entries)} entries"
+        number = len(self.entries)
+        return f"a filter spec of {number} {'entry' if number == 1 else 'entries'}"
 
 
 def as_selector(selector: object) -> Selector:
