@@ -2,6 +2,7 @@ import operator
 import re
 from typing import Any
 
+import brainstate
 import brainunit as u
 import equinox as eqx
 import hypothesis
@@ -191,6 +192,19 @@ def test_full_filter_spec_as_for_eqx_partition():
     spec = jtu.tree_map(lambda _: False, net)
     spec = eqx.tree_at(lambda net: net.norm, spec, jtu.tree_map(lambda _: True, net.norm))
     assert list(vg.states(net, spec)) == EVERY[4:]
+
+
+def test_only_objects_of_brainstate_are_told_of_it():
+    with pytest.raises(TypeError, match="brainstate, make a `vg.State` of its `value`"):
+        vg.states(make_net(), brainstate.nn.Module())
+    with pytest.raises(TypeError) as info:
+        vg.states(make_net(), object())  # pyright: ignore[reportArgumentType]
+    assert "brainstate" not in str(info.value)
+
+
+def test_a_misspelled_node_is_suggested():
+    with pytest.raises(ValueError, match="Its nearest paths are `encoder`, "):
+        vg.states(make_net(), "encodr")
 
 
 def test_reprs_say_what_was_written():

@@ -257,7 +257,11 @@ def as_selector(selector: object) -> Selector:
         return Path(selector)
     refuse_endless(selector)
     entries, structure = jtu.tree_flatten(selector)
-    if entries and all(map(_is_entry, entries)):
+    # A module of brainstate can be called, but not as a predicate.
+    is_of_brainstate = any(
+        t.__module__.startswith("brainstate") for t in type(selector).__mro__
+    )
+    if entries and all(map(_is_entry, entries)) and not is_of_brainstate:
         return _Spec(tuple(entries), structure)
     hint = ""
     if any(map(eqx.is_array, entries)):
@@ -265,7 +269,7 @@ def as_selector(selector: object) -> Selector:
             " It says which leaves to choose, and does not contain them: pass the tree itself "
             "as an argument of the function."
         )
-    elif type(selector).__module__.startswith("brainstate"):
+    elif is_of_brainstate:
         hint = " For one of brainstate, make a `vg.State` of its `value`."
     elif isinstance(selector, int):
         hint = " To differentiate an argument, use `argnums`."
