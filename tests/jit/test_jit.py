@@ -436,6 +436,13 @@ def test_many_kinds_of_arguments(monkeypatch):
         assert float(compiled(jnp.array(1.0), power)) == power
 
 
+def test_a_float_that_is_differentiated_by_default_is_traced():
+    compiled, counted = compile_counted(lambda x: x**3)
+    for x in (1.0, 2.0, 3.0):
+        assert float(compiled(x)) == 3 * x**2
+    assert counted.calls == 1
+
+
 class Pair(NamedTuple):
     left: Any
     right: Any
