@@ -140,13 +140,18 @@ def test_line_searches_take_a_function_of_the_model(make):
     opt_state = tx.init(params)
     by_hand = model
     of_params = lambda params: loss(vg.replace_states(by_hand, params), x)
-    for _ in range(3):
-        grads, value = gradient(model, x)
-        model, opt = opt.step(model, grads, value=value, grad=grads, value_fn=value_fn)
+
+    @jax.jit
+    def step_by_hand(params, opt_state):
         value, grads = jax.value_and_grad(of_params)(params)
         extra_args = {"value": value, "grad": grads, "value_fn": of_params}
         updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), opt_state
+
+    for _ in range(3):
+        grads, value = gradient(model, x)
+        model, opt = opt.step(model, grads, value=value, grad=grads, value_fn=value_fn)
+        params, opt_state = step_by_hand(params, opt_state)
     assert tree_allclose(opt.params(model), params)
     assert loss(model, x) < loss(make_mlp(), x)
 
@@ -155,9 +160,14 @@ def test_a_line_search_in_one_of_two_groups():
     tree = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
     func = lambda tree: jnp.sum((tree["a"] * tree["b"] - 1.0) ** 2)
     opt = vg.Optimizer({"a": optax.lbfgs(), "b": optax.sgd(0.0)}, tree)
-    for _ in range(5):
+
+    @jax.jit
+    def step(tree, opt):
         grads, value = vg.vector_grad(func, True, return_value=True)(tree)
-        tree, opt = opt.step(tree, grads, value=value, grad=grads, value_fn=func)
+        return opt.step(tree, grads, value=value, grad=grads, value_fn=func)
+
+    for _ in range(5):
+        tree, opt = step(tree, opt)
     assert tree_allclose(tree, {"a": jnp.full(2, 1 / 3), "b": jnp.array(3.0)})
 
 
@@ -165,9 +175,14 @@ def test_the_arguments_of_a_value_fn_are_passed_on():
     tree = {"a": jnp.array([1.0, 2.0])}
     func = lambda tree, target: jnp.sum((tree["a"] - target) ** 2)
     opt = vg.Optimizer(optax.lbfgs(), tree)
-    for _ in range(5):
+
+    @jax.jit
+    def step(tree, opt):
         grads, value = vg.vector_grad(func, True, return_value=True)(tree, 5.0)
-        tree, opt = opt.step(tree, grads, value=value, grad=grads, value_fn=func, target=5.0)
+        return opt.step(tree, grads, value=value, grad=grads, value_fn=func, target=5.0)
+
+    for _ in range(5):
+        tree, opt = step(tree, opt)
     assert tree_allclose(tree, {"a": jnp.full(2, 5.0)})
 
 
