@@ -1,5 +1,7 @@
 """Quantities with units: gradients are the same whatever units they are written in."""
 
+from typing import Any
+
 import brainunit as u
 import equinox as eqx
 import hypothesis
@@ -254,8 +256,9 @@ def test_states_that_are_written_have_units():
 
 
 def test_integers_with_a_unit_are_converted_by_a_product():
+    x: Any = jnp.array(2) * u.ms
     with pytest.raises(TypeError, match="nothing can be differentiated. .* by `1.0 . x`"):
-        vector_grad(jnp.square, unit_aware=True)(jnp.array(2) * u.ms)
+        vector_grad(jnp.square, unit_aware=True)(x)
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, eqx.filter_jit])

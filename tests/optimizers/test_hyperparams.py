@@ -1,5 +1,7 @@
 """The hyperparameters of `optax.inject_hyperparams` are read and set by name."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -79,8 +81,9 @@ def test_values_of_another_shape_are_refused():
     assert kept.tolist() == [2.0] * 3
     with pytest.raises(TypeError, match=r"must be an array of shape \(3,\). Got f\d+\[2\]"):
         opt.set_hyperparams(learning_rate=jnp.ones(2))
+    wrong: Any = "fast"
     with pytest.raises(TypeError, match="must be a number. Got 'fast'"):
-        vg.Optimizer(sgd(0.1), make_ones()).set_hyperparams(learning_rate="fast")
+        vg.Optimizer(sgd(0.1), make_ones()).set_hyperparams(learning_rate=wrong)
 
 
 def test_a_value_is_on_the_device_of_the_one_before():
