@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import optax
 
 
 def tree_allclose(x, y, rtol=1e-5, atol=1e-5):
@@ -17,6 +18,15 @@ def tree_allclose(x, y, rtol=1e-5, atol=1e-5):
 
 def make_mlp(depth=2, seed=0):
     return eqx.nn.MLP(3, 2, 8, depth, key=jr.key(seed))
+
+
+def make_ones():
+    return {"a": jnp.ones(3)}
+
+
+def sgd(rate):
+    """With a rate that can be set."""
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
 
 
 def apply(model, x):

@@ -8,15 +8,7 @@ import optax
 import pytest
 import vgrad_eqx as vg
 
-from ..helpers import tree_allclose
-
-
-def sgd(rate):
-    return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
-
-
-def make_ones():
-    return {"a": jnp.ones(3)}
+from ..helpers import make_ones, sgd, tree_allclose
 
 
 def test_the_rates_of_groups():

@@ -15,7 +15,7 @@ import optax
 import pytest
 import vgrad_eqx as vg
 
-from ..helpers import make_mlp, tree_allclose
+from ..helpers import make_mlp, make_ones, sgd, tree_allclose
 
 
 def loss(model, x, y):
@@ -27,10 +27,6 @@ X, Y = jr.normal(jr.key(1), (5, 3)), jr.normal(jr.key(2), (5, 2))
 
 def square(w, x):
     return jnp.sum((w["a"] * x) ** 2)
-
-
-def make_ones():
-    return {"a": jnp.ones(3)}
 
 
 def take_steps(step, state, number=2):
@@ -210,10 +206,6 @@ def test_two_trainings_over_states_at_once():
 
 
 # Hyperparameters
-
-
-def sgd(rate):
-    return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
 
 
 @pytest.mark.parametrize("packed", [False, True])
