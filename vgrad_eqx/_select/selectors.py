@@ -17,7 +17,7 @@ import numpy as np
 from .._tree.flat import FlatTree, refuse_endless, replace_at
 from .._tree.numpy_leaves import as_given
 from .._tree.prompt import AtPrompt, brief
-from .._tree.state import find_states, refuse_brainstate
+from .._tree.state import find_states, is_of_brainstate, refuse_brainstate
 from .._tree.text import names_without_leaves, near_misses, quote, shorten, show
 from .._tree.units import split_unit
 from .glob import compile_glob, find_unmatched, list_paths
@@ -258,10 +258,7 @@ def as_selector(selector: object) -> Selector:
     refuse_endless(selector)
     entries, structure = jtu.tree_flatten(selector)
     # A module of brainstate can be called, but not as a predicate.
-    is_of_brainstate = any(
-        t.__module__.startswith("brainstate") for t in type(selector).__mro__
-    )
-    if entries and all(map(_is_entry, entries)) and not is_of_brainstate:
+    if entries and all(map(_is_entry, entries)) and not is_of_brainstate(selector):
         return _Spec(tuple(entries), structure)
     hint = ""
     if any(map(eqx.is_array, entries)):
@@ -269,7 +266,7 @@ def as_selector(selector: object) -> Selector:
             " It says which leaves to choose, and does not contain them: pass the tree itself "
             "as an argument of the function."
         )
-    elif is_of_brainstate:
+    elif is_of_brainstate(selector):
         hint = " For one of brainstate, make a `vg.State` of its `value`."
     elif isinstance(selector, int):
         hint = " To differentiate an argument, use `argnums`."

@@ -215,14 +215,18 @@ def _make_state(cls: type[State], value: object, name: str | None) -> State:
     return state
 
 
+def is_of_brainstate(value: object) -> bool:
+    return any(
+        each.__module__.partition(".")[0] == "brainstate" for each in type(value).__mro__
+    )
+
+
 def refuse_brainstate(leaves: Sequence[Any], caller: str) -> None:
     """Raises an error if a leaf is a state or module of brainstate."""
     if "brainstate" not in sys.modules:
         return
     for leaf in leaves:
-        if any(
-            each.__module__.partition(".")[0] == "brainstate" for each in type(leaf).__mro__
-        ):
+        if is_of_brainstate(leaf):
             raise TypeError(
                 f"`{caller}` must not hold objects of brainstate. Got a "
                 f"`{type(leaf).__name__}`. Use `vg.State(value)` for it, or the arrays in "
