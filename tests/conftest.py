@@ -13,6 +13,8 @@ x64 = jax.config.read("jax_enable_x64")
 importlib.import_module("brainstate")
 jax.config.update("jax_enable_x64", x64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A GPU would keep ten bits of the numbers that it multiplies.
+jax.config.update("jax_default_matmul_precision", "highest")
 # Compiling is most of the time of an example, and its share of it varies from run to run.
 for profile, max_examples in {"quick": 10, "slow": 50}.items():
     hypothesis.settings.register_profile(

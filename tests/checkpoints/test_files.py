@@ -35,11 +35,12 @@ def system(request, monkeypatch):
 
 def test_a_full_disk_leaves_the_old_file_alone(path, system):
     vg.save(path, OLD)
+    new = {"a": jnp.zeros(10_000)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises(OSError, match="cannot be written: File too large. What was the"):
-            vg.save(path, {"a": jnp.zeros(10_000)})
+            vg.save(path, new)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     check_old(path)
