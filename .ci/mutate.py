@@ -232,7 +232,9 @@ def run_pytest(folder, args, seconds=None, measured=None):
         plugins.append(plugin)
     # What is imported already is not the project's.
     ignore = "ignore::pytest.PytestAssertRewriteWarning"
-    options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-W", ignore]
+    # All runs share what they compile, which few faults change.
+    cache = f"cache_dir={folder.parent / 'cache'}"
+    options = ["-q", "--tb=no", "-W", ignore, "-o", cache]
     status = pytest.main([*options, *args], plugins)
     sys.stdout.flush()
     os._exit(status)
@@ -250,12 +252,8 @@ def fork_pytest(folder, args, seconds=None, measured=None):
 
 
 def copy_project(folder):
-    for name in ("vgrad_eqx", "tests", "README.md", "pyproject.toml", "examples", "docs"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
+    shutil.copytree(ROOT, folder, ignore=ignore)
 
 
 def find_lines(folder, tests, measured):

@@ -45,7 +45,25 @@ def runs_slow_tests(config):
     return config.getoption("--slow") or config.getoption("--nightly")
 
 
+def share_programs(config):
+    """Lets the processes of a run, and the next run, share what they compile.
+
+    To compile is two thirds of the time of the tests. `pytest --cache-clear` forgets it.
+    """
+    if not hasattr(config, "cache"):
+        return
+    options = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for the processes that tests start
+
+
 def pytest_configure(config):
+    share_programs(config)
     is_slow = runs_slow_tests(config)
     hypothesis.settings.load_profile("slow" if is_slow else "quick")
     # Takes a third from the time of compiling. Later versions have no other code for fusions.
