@@ -49,6 +49,10 @@ SHOWN = {
     "grad(square, argnums=1, check_states=False)": vg.grad(
         square, argnums=1, check_states=False
     ),
+    "grad(square, has_aux=True, unit_aware=True, debug_nan=True)": vg.grad(
+        square, has_aux=True, unit_aware=True, debug_nan=True
+    ),
+    "vector_grad(square, cotangent=ones_like)": vg.vector_grad(square, cotangent=jnp.ones_like),
     "jacrev(MLP of 1,004 leaves, grad_states=True)": vg.jacrev(DEEP, True),
     "grad(<lambda>, grad_states={'a': State(f32[2], name='w')})": vg.grad(
         lambda: W.value, {"a": W}

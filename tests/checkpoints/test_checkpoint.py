@@ -292,11 +292,21 @@ def test_every_difference_is_listed_and_nothing_is_set(path):
     ):
         assert part in str(caught.value)
     assert "`s`" not in str(caught.value)
+    assert "Python numbers" not in str(caught.value)
     assert state.value.tolist() == [0.0, 0.0]
     with pytest.warns(UserWarning, match="left out what does not fit.*`gone`"):
         loaded = vg.load(path, like, strict=False)
     assert state.value.tolist() == [1.0, 1.0]
     assert loaded["a"] is like["a"]
+
+
+def test_arrays_alone_do_not_make_a_model_with_numbers(path):
+    model = {"w": jnp.ones(2), "p": 0.5}
+    vg.save(path, vg.states(model))
+    with pytest.raises(ValueError, match="These are Python numbers in the model. To load only"):
+        vg.load(path, model)
+    loaded = vg.replace_states(model, vg.load(path, vg.states(model)))
+    assert loaded["w"].tolist() == [1.0, 1.0]
 
 
 def test_what_cannot_be_saved(path):

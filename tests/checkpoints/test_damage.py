@@ -148,6 +148,7 @@ HEADERS = {
     "long": make_tensor(shape=[2**62] * 1000),
     "more than 63 bits": make_tensor("F4", [2**63]),
     "many dimensions": make_tensor("F4", [1] * 67),
+    "one dimension too many": make_tensor(shape=[1] * 65),
     "wrong size": make_tensor(shape=[2]),
     "reversed": make_tensor(offsets=[4, 0]),
     "beyond": make_tensor(offsets=[4, 8]),

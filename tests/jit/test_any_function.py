@@ -207,6 +207,35 @@ def test_keyword_arguments_are_bound_as_positional_ones():
         func(y=jnp.ones(2))  # pyright: ignore[reportCallIssue]
 
 
+def test_a_function_without_a_signature_takes_keyword_arguments():
+    assert vg.jit(dict)(a=jnp.ones(2))["a"].tolist() == [1.0, 1.0]
+
+
+def test_what_is_compiled_has_no_fields_of_its_module():
+    compiled = vg.jit(make_mlp())
+    assert compiled.__wrapped__.depth == 2
+    assert not hasattr(compiled, "depth")
+
+
+@jtu.register_pytree_node_class
+class Power:
+    def __init__(self, x, exponent):
+        self.x, self.exponent = x, exponent
+
+    def tree_flatten(self):
+        return (self.x,), self.exponent
+
+    @classmethod
+    def tree_unflatten(cls, exponent, children):
+        return cls(*children, exponent)
+
+
+def test_another_constant_of_a_registered_node_is_noticed():
+    raise_number = vg.jit(lambda power: power.x**power.exponent)
+    x = jnp.array(3.0)
+    assert [raise_number(Power(x, n)) for n in (1, 1, 2, 2, 1)] == [3.0, 3.0, 9.0, 9.0, 3.0]
+
+
 def test_warnings_of_donated_arrays():
     shrink, before = lambda x, y: x + jnp.sum(y), list(warnings.filters)
     for donate in ("all", "all-except-first", "none"):

@@ -26,6 +26,14 @@ def test_the_rates_of_groups():
         assert [float(each["learning_rate"]) for each in both.values()] == [0.25, 0.25]
 
 
+def test_an_array_that_is_set_is_not_donated():
+    step = vg.train_step(lambda tree: jnp.sum(tree["a"]), sgd(0.1))
+    state = step.init(make_ones())
+    rate = jnp.array(0.5, state.hyperparams["learning_rate"].dtype)
+    step(state.set_hyperparams(learning_rate=rate))
+    assert float(rate) == 0.5
+
+
 def test_the_rate_of_states_is_set_in_place():
     w = vg.State(jnp.ones(3))
     opt = vg.StateOptimizer(sgd(0.1), w)

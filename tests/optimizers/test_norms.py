@@ -80,6 +80,10 @@ def test_paths_are_in_natural_order():
 def test_wrong_pictures(monkeypatch):
     with pytest.raises(ValueError, match="must hold a step. Got none"):
         vg.plot_grad_norms([])
+    with pytest.raises(TypeError, match="dicts from path to norm.*Got 3 in it"):
+        vg.plot_grad_norms([{"a": 1.0}, 3])
+    with pytest.raises(TypeError, match=r"Got \{'a': 1.0\}. For a single step, pass"):
+        vg.plot_grad_norms({"a": 1.0})
     monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
     with pytest.raises(ImportError, match=r'needs matplotlib.*pip install "vgrad_eqx\[plot\]"'):
         vg.plot_grad_norms(HISTORY)
@@ -91,4 +95,5 @@ def test_a_picture_of_many_paths_fits_on_a_page():
     assert labels[:3] == ["layers.0", "layers.16", "layers.32"]
     assert ax.figure.get_figheight() < 20
     assert ax.images[0].get_extent()[2] == 999.5
+    assert {image.get_interpolation() for image in ax.images} == {"nearest"}
     plt.close(ax.figure)

@@ -60,6 +60,19 @@ def test_reselect_moves_what_belongs_to_a_leaf_between_groups():
     )
 
 
+def test_groups_that_become_one_go_on_with_the_count_of_most_leaves():
+    tree = {name: jnp.ones(2) for name in "abcde"}
+    counts = []
+    for early in ("a", "{a,b}", "{a,b,c}"):
+        late = vg.path("*") & ~vg.path(early)
+        groups = [(vg.path(early), optax.adam(0.1)), (late, optax.adam(0.1))]
+        opt = vg.Optimizer(optax.adam(0.1), tree, early)
+        _, opt = opt.step(tree, vg.states(tree, early))
+        _, opt = opt.reselect(tree, tx=dict(groups)).step(tree, tree)
+        counts.append(int(opt.reselect(tree, tx=optax.adam(0.1)).opt_state[0].count))
+    assert counts == [1, 1, 2]
+
+
 def test_labels_may_be_named_like_leaves():
     opt = vg.Optimizer({"a": optax.adam(0.1), "b": optax.adam(0.1)}, TREE)
     _, opt = opt.step(TREE, {"a": jnp.array(3.0), "b": jnp.array(4.0)})
