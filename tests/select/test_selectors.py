@@ -435,6 +435,7 @@ NAMED = {
     ),
     "an int": (vg.path("w", "n"), r"path\('n'\), which selects `n` \(3\)"),
     "integers": ("{m,w}", r"path\('m'\), which selects `m` \(i\d+\[2\]\)"),
+    "beside a star": ("{m,*.w}", r"path\('m'\), which selects `m` \(i\d+\[2\]\)"),
     "deep": ("inner.{n,w}", r"path\('inner.n'\), which selects `inner.n` \(1\)"),
     "a union": (vg.instance(jax.Array) | "n", r"path\('n'\), which selects `n`"),
 }
