@@ -357,6 +357,21 @@ def test_too_many_leaves_are_refused(path, monkeypatch):
     assert list(path.parent.iterdir()) == []
 
 
+def test_each_array_is_moved_to_its_device_once(path, monkeypatch):
+    counts, device_put = [], jax.device_put
+    tree = {name: jnp.ones(100) for name in "abcd"}
+    vg.save(path, tree)
+
+    def count(arrays, *args):
+        counts.append(len(arrays))
+        return device_put(arrays, *args)
+
+    monkeypatch.setattr("vgrad_eqx._checkpoints.checkpoint._BATCH", 2 * tree["a"].nbytes)
+    monkeypatch.setattr(jax, "device_put", count)
+    vg.load(path, tree)
+    assert counts == [2, 2]
+
+
 def test_a_part_comes_back_into_the_model(path):
     model, other = (eqx.nn.MLP(2, 2, 4, 1, key=jr.key(seed)) for seed in (0, 1))
     vg.save(path, vg.states(model, "layers.0"))

@@ -286,6 +286,16 @@ def test_a_repeated_call_does_not_search_for_its_program(monkeypatch):
                 func(1)
 
 
+def test_a_call_with_an_equal_unit_does_not_search_for_its_program(monkeypatch):
+    double = vg.jit(lambda x: 2 * x)
+    double(3.0 * u.mvolt)
+    monkeypatch.delattr("vgrad_eqx._jit.jit._Programs.find")
+    for unit in (u.mvolt * u.second / u.second, u.mvolt):
+        assert double(3.0 * unit) == 6.0 * u.mvolt
+    with pytest.raises(AttributeError, match="find"):
+        double(3.0 * u.volt)
+
+
 def test_inside_of_each_other_and_of_transformations():
     model, xs = make_mlp(), jnp.ones((4, 3))
     loss = lambda model, x: jnp.sum(model(x) ** 2)
