@@ -80,10 +80,12 @@ def test_paths_are_in_natural_order():
 def test_wrong_pictures(monkeypatch):
     with pytest.raises(ValueError, match="must hold a step. Got none"):
         vg.plot_grad_norms([])
+    wrong: Any = [{"a": 1.0}, 3]
     with pytest.raises(TypeError, match="dicts from path to norm.*Got 3 in it"):
-        vg.plot_grad_norms([{"a": 1.0}, 3])
+        vg.plot_grad_norms(wrong)
+    wrong = {"a": 1.0}
     with pytest.raises(TypeError, match=r"Got \{'a': 1.0\}. For a single step, pass"):
-        vg.plot_grad_norms({"a": 1.0})
+        vg.plot_grad_norms(wrong)
     monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
     with pytest.raises(ImportError, match=r'needs matplotlib.*pip install "vgrad_eqx\[plot\]"'):
         vg.plot_grad_norms(HISTORY)
