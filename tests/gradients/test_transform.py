@@ -241,6 +241,15 @@ def test_wrong_calls_are_refused(transform, args, error, match):
         transform(*args)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda s: s, lambda s: {"s": s}, lambda s: {"n": 3, "s": s}], ids=range(3)
+)
+def test_a_state_that_is_passed_as_an_argument_is_refused(make):
+    state = vg.State(jnp.ones(2))
+    with pytest.raises(TypeError, match=r"Got argument 0: .*State.*Pass the `value` of a"):
+        vg.vector_grad(lambda argument: state.value)(make(state))
+
+
 HIDDEN = {
     "jax.vmap": lambda model: jax.vmap(model),
     "jax.jit of jax.vmap": lambda model: jax.jit(jax.vmap(model)),

@@ -73,6 +73,16 @@ def test_groups_that_become_one_go_on_with_the_count_of_most_leaves():
     assert counts == [1, 1, 2]
 
 
+def test_a_type_error_of_a_transformation_is_raised_as_it_is():
+    def fail(updates, state, params=None, **extra_args):
+        raise TypeError("mine")
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), fail)
+    opt = vg.Optimizer(optax.chain(tx), TREE)
+    with pytest.raises(TypeError, match="^mine$"):
+        opt.step(TREE, TREE, value=1.0)
+
+
 def test_labels_may_be_named_like_leaves():
     opt = vg.Optimizer({"a": optax.adam(0.1), "b": optax.adam(0.1)}, TREE)
     _, opt = opt.step(TREE, {"a": jnp.array(3.0), "b": jnp.array(4.0)})

@@ -232,6 +232,12 @@ def test_a_wrong_loss_unit_is_refused(loss_unit):
         update(unitful(optax.adam(0.1), loss_unit), grads)
 
 
+def test_a_scale_without_a_path_is_refused():
+    scale: Any = {3: 2.0}
+    with pytest.raises(TypeError, match="must have paths as keys. Got 3"):
+        unitful(optax.sgd(0.1), u.mvolt, scale)
+
+
 def test_a_value_of_another_dimension_is_refused():
     _, grads, loss = make_problem()
     tx = unitful(optax.lbfgs(), u.ms**2)

@@ -149,10 +149,10 @@ class _Argument:
             refuse_brainstate(flat.leaves, caller)
             number = "jnp.asarray(x, float)" if flat.units is None else "1.0 * x"
             way_out = f"Convert numbers by `{number}`."
-            if not any(map(eqx.is_array_like, flat.numbers)):
-                way_out = "Name another one, such as that after `self` by `argnums=1`."
             if find_states(flat.leaves):
                 way_out = "Pass the `value` of a state, or name the state in `grad_states`."
+            elif not any(map(eqx.is_array_like, flat.numbers)):
+                way_out = "Name another one, such as that after `self` by `argnums=1`."
             raise TypeError(
                 f"`{caller}` must name an argument with an inexact array in it, or "
                 f"a float. Got argument {position}: {show(flat.tree)}, in which "
