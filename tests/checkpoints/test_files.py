@@ -35,7 +35,7 @@ def system(request, monkeypatch):
 
 def test_a_full_disk_leaves_the_old_file_alone(path, system):
     vg.save(path, OLD)
-    new = {"a": jnp.zeros(10_000)}
+    new = {"a": jnp.zeros(10_000)}  # made before, since a compiler writes files, too
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:

@@ -79,8 +79,8 @@ def test_values_of_another_shape_are_refused():
     opt = vg.Optimizer(sgd(jnp.ones(3)), make_ones())
     kept = opt.set_hyperparams(learning_rate=2.0).hyperparams["learning_rate"]
     assert kept.tolist() == [2.0] * 3
-    with pytest.raises(TypeError, match=r"must be an array of shape \(3,\). Got f\d+\[2\]"):
-        opt.set_hyperparams(learning_rate=jnp.ones(2))
+    with pytest.raises(TypeError, match=r"must be an array of shape \(3,\). Got f32\[2\]"):
+        opt.set_hyperparams(learning_rate=jnp.ones(2, "float32"))
     wrong: Any = "fast"
     with pytest.raises(TypeError, match="must be a number. Got 'fast'"):
         vg.Optimizer(sgd(0.1), make_ones()).set_hyperparams(learning_rate=wrong)

@@ -65,10 +65,10 @@ def test_groups_that_become_one_go_on_with_the_count_of_most_leaves():
     counts = []
     for early in ("a", "{a,b}", "{a,b,c}"):
         late = vg.path("*") & ~vg.path(early)
-        groups = [(vg.path(early), optax.adam(0.1)), (late, optax.adam(0.1))]
+        groups = {early: optax.adam(0.1), late: optax.adam(0.1)}
         opt = vg.Optimizer(optax.adam(0.1), tree, early)
         _, opt = opt.step(tree, vg.states(tree, early))
-        _, opt = opt.reselect(tree, tx=dict(groups)).step(tree, tree)
+        _, opt = opt.reselect(tree, tx=groups).step(tree, tree)
         counts.append(int(opt.reselect(tree, tx=optax.adam(0.1)).opt_state[0].count))
     assert counts == [1, 1, 2]
 
